@@ -96,6 +96,6 @@ class BookCell(plugin.IPyNbCell):
 
 
 def pytest_itemcollected(item):
-    """Called by pytest for each test: nbval has no setting for the class of its cells."""
+    """Called by pytest for each test; nbval has no setting for its class of cells."""
     if type(item) is plugin.IPyNbCell:
         item.__class__ = BookCell

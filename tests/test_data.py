@@ -18,13 +18,13 @@ from hashlib import md5, sha256
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import make_data
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from torchvision import datasets
 
+import make_data
 from notebooks import CodeCell, code_cells, load_definitions, notebook_paths
 
 DATA = Path(__file__).resolve().parents[1] / "notebooks" / "data"

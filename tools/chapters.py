@@ -61,10 +61,8 @@ def find_chapters(names: list[str]) -> list[Path]:
     return [path for path in chapters if path.name.startswith(wanted)]
 
 
-def execute(
-    notebook: NotebookNode, folder: Path = NOTEBOOKS, **environment: str
-) -> NotebookNode:
-    """Run the notebook in `folder` with extra environment variables; fills its outputs.
+def execute(notebook: NotebookNode, **environment: str) -> NotebookNode:
+    """Run the notebook among the chapters, with extra environment variables.
 
     Raises nbclient's CellExecutionError at the first cell that fails.
     """
@@ -73,7 +71,7 @@ def execute(
         timeout=1800,
         kernel_name="python3",
         record_timing=False,
-        resources={"metadata": {"path": str(folder)}},
+        resources={"metadata": {"path": str(NOTEBOOKS)}},
     )
     client.execute(env={**os.environ, "TQDM_DISABLE": "1", **environment})
     notebook.metadata = nbformat.from_dict(METADATA)

@@ -15,8 +15,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import nbformat
-from chapters import execute, find_chapters
 from nbclient.exceptions import CellExecutionError
+
+from chapters import execute, find_chapters
 
 RECORD = """
 def __claim(cell, line, held, values):

@@ -1,0 +1,300 @@
+"""Chapter 2: the scalar engine, the optimisers and the graph walk against PyTorch."""
+
+import ast
+import math
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from notebooks import NOTEBOOKS, load_definitions, statements
+
+PATH = NOTEBOOKS / "02_autograd.ipynb"
+ENGINE = ("topological_order", "Node", "Arithmetic", "Value")
+CHAPTER = load_definitions(
+    PATH,
+    *ENGINE,
+    "random_expression",
+    "value_mlp",
+    "value_loss",
+    "GradientDescent",
+    "Momentum",
+    "Adam",
+    "rosenbrock",
+    "walk",
+    "steps_needed",
+    "Softplus",
+    "RoundStraightThrough",
+    "graph_edges",
+    "graph_places",
+    "graph_labels",
+    "newton_sqrt",
+    "hvp",
+    "Nesterov",
+)
+Value = CHAPTER["Value"]
+
+
+def leaf(number: float) -> torch.Tensor:
+    return torch.tensor(number, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("seed", range(0, 500, 100))
+def test_random_expressions_agree_in_value_and_gradient(seed):
+    for case in range(seed, seed + 100):
+        rng = random.Random(case)
+        start = [rng.uniform(-3, 3) for _ in range(4)]
+        ours, theirs = [Value(v) for v in start], [leaf(v) for v in start]
+        result = CHAPTER["random_expression"](case, ours)
+        reference = CHAPTER["random_expression"](case, theirs)
+        result.backward()
+        reference.backward()
+        assert result.data == pytest.approx(reference.item(), rel=1e-10, abs=1e-12)
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.grad == pytest.approx(b.grad.item(), rel=1e-9, abs=1e-11)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda a: a + 2,
+        lambda a: 2 + a,
+        lambda a: a - 2,
+        lambda a: 2 - a,
+        lambda a: a * 3,
+        lambda a: 3 * a,
+        lambda a: a / 4,
+        lambda a: 4 / a,
+        lambda a: a / a,
+        lambda a: a - a,
+        lambda a: a**3,
+        lambda a: a**0.5,
+        lambda a: a**-2,
+        lambda a: a**0,
+        lambda a: a.exp(),
+        lambda a: a.log(),
+        lambda a: a.tanh(),
+        lambda a: a.relu(),
+        lambda a: (a - 5).relu(),
+    ],
+)
+def test_each_operation(f):
+    ours, theirs = Value(1.7), leaf(1.7)
+    result, reference = f(ours), f(theirs)
+    result.backward()
+    reference.backward()
+    assert result.data == pytest.approx(reference.item(), rel=1e-12, abs=1e-12)
+    assert ours.grad == pytest.approx(theirs.grad.item(), rel=1e-12, abs=1e-12)
+
+
+def test_kinks_and_powers_at_zero_follow_torch():
+    for f in (lambda a: a.relu(), lambda a: a**2, lambda a: a**1, lambda a: a**0):
+        ours, theirs = Value(0.0), leaf(0.0)
+        f(ours).backward()
+        f(theirs).backward()
+        assert ours.grad == theirs.grad.item()
+
+
+def test_deep_graph_needs_no_recursion():
+    def chain(a, b):
+        total = a
+        for step in range(10_000):
+            total = total + b if step % 2 else total * 0.999
+        return total
+
+    ours, theirs = (Value(0.3), Value(-0.2)), (leaf(0.3), leaf(-0.2))
+    result = chain(*ours)
+    result.backward()
+    chain(*theirs).backward()
+    assert len(CHAPTER["topological_order"](result)) > 10_000
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.grad == pytest.approx(b.grad.item(), rel=1e-9)
+
+
+def test_diamonds_multiply_the_paths():
+    """Forty stacked diamonds have 2**40 paths: each node must be visited once."""
+    ours, theirs = Value(0.5), leaf(0.5)
+    for leaf_, check in ((ours, False), (theirs, True)):
+        value = leaf_
+        for _ in range(40):
+            value = value + value * 0.5
+        if not check:
+            assert len(CHAPTER["topological_order"](value)) == 1 + 40 * 3
+        value.backward()
+    assert ours.grad == pytest.approx(1.5**40)
+    assert ours.grad == pytest.approx(theirs.grad.item())
+
+
+def test_order_puts_parents_first():
+    nodes = [Value(v) for v in (0.1, 0.2, 0.3)]
+    root = CHAPTER["random_expression"](7, nodes)
+    order = CHAPTER["topological_order"](root)
+    position = {node: number for number, node in enumerate(order)}
+    assert order[-1] is root and len(position) == len(order)
+    for node in order:
+        assert all(position[parent] < position[node] for parent in node.parents)
+
+
+def test_backward_accumulates_in_leaves_only():
+    ours, theirs = Value(2.0), leaf(2.0)
+    result, reference = (ours * ours + 1) ** 2, (theirs * theirs + 1) ** 2
+    for _ in range(3):
+        result.backward()
+        reference.backward(retain_graph=True)
+    assert ours.grad == theirs.grad.item() == 3 * 40
+
+
+def test_errors_are_those_of_python():
+    with pytest.raises(ValueError, match="domain"):
+        Value(-1.0).log()
+    with pytest.raises(ZeroDivisionError):
+        Value(1.0) / Value(0.0)
+    with pytest.raises(OverflowError):
+        Value(1e4).exp()
+
+
+def test_network_of_values_agrees_with_torch():
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    points, labels = torch.randn(2, 6, dtype=torch.float64).T, torch.randn(6).double()
+    hidden = [
+        [Value(v) for v in (*w.tolist(), b.item())]
+        for w, b in zip(net[0].weight, net[0].bias, strict=True)
+    ]
+    output = [Value(v) for v in (*net[2].weight[0].tolist(), net[2].bias.item())]
+    loss = CHAPTER["value_loss"](points.tolist(), labels.tolist(), hidden, output)
+    loss.backward()
+    reference = nn.functional.mse_loss(net(points)[:, 0], labels)
+    reference.backward()
+    assert loss.data == pytest.approx(reference.item())
+    ours = [v.grad for unit in hidden for v in unit] + [v.grad for v in output]
+    first = torch.cat([net[0].weight.grad, net[0].bias.grad[:, None]], dim=1)
+    theirs = [*first.flatten(), *net[2].weight.grad[0], net[2].bias.grad[0]]
+    assert ours == pytest.approx([v.item() for v in theirs])
+
+
+def test_engine_is_under_60_lines_of_code():
+    """Without docstrings, comments and blank lines."""
+    lines = 0
+    for statement in statements(PATH):
+        if getattr(statement, "name", None) in ENGINE:
+            for node in ast.walk(statement):
+                if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                    if ast.get_docstring(node) is not None:
+                        node.body = node.body[1:]
+            lines += len(ast.unparse(statement).split("\n"))
+            lines -= ast.unparse(statement).split("\n").count("")
+    assert 40 < lines < 60
+
+
+OPTIMISERS = {
+    "GradientDescent": (torch.optim.SGD, {}, {}),
+    "Momentum": (torch.optim.SGD, {"momentum": 0.9}, {}),
+    "Nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}, {}),
+    "Adam": (torch.optim.Adam, {}, {}),
+    "Adam, other betas": (torch.optim.Adam, *[{"betas": (0.8, 0.95)}] * 2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("lr", [1e-3, 1e-2])
+def test_optimisers_agree_with_torch(name, lr):
+    official, their_options, our_options = OPTIMISERS[name]
+    torch.manual_seed(0)
+    features, labels = torch.randn(32, 5), torch.randn(32, 1)
+    nets = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        nets.append(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).double())
+    ours = CHAPTER[name.split(",")[0]](nets[0].parameters(), lr=lr, **our_options)
+    theirs = official(nets[1].parameters(), lr=lr, **their_options)
+    for _ in range(50):
+        for net, optimizer in zip(nets, (ours, theirs), strict=True):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(net(features.double()), labels.double()).backward()
+            optimizer.step()
+        for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            assert (a - b).abs().max() < 1e-9
+
+
+def test_walks_at_once_equal_walks_one_by_one():
+    start, rates = (-1.2, 1.0), torch.tensor([[1e-3], [5e-3]], dtype=torch.float64)
+    for name in ("GradientDescent", "Momentum", "Adam"):
+        args = (CHAPTER["rosenbrock"], start, 20, CHAPTER[name])
+        together = CHAPTER["walk"](*args, rates)
+        assert together.shape == (21, 2, 2)
+        for column, rate in enumerate(rates[:, 0].tolist()):
+            alone = CHAPTER["walk"](*args, rate)
+            torch.testing.assert_close(together[:, column], alone)
+
+
+def test_steps_needed_counts_until_the_loss_stays_low():
+    losses = torch.tensor([[9.0, 9.0, 9.0], [0.5, 5.0, 0.5], [3.0, 5.0, 0.5]]).double()
+    losses = torch.cat([losses, torch.tensor([[0.5, math.nan, 0.5]]).double()])
+    paths = torch.stack([losses, torch.zeros_like(losses)], dim=2)
+    steps = CHAPTER["steps_needed"](lambda x, y: x + y, paths, 1.0)
+    assert steps.tolist() == [3, 999, 1]
+
+
+def test_softplus_and_its_derivatives():
+    softplus = CHAPTER["Softplus"].apply
+    inputs = torch.linspace(-6, 6, 13, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(softplus(inputs), nn.functional.softplus(inputs))
+    assert torch.autograd.gradcheck(softplus, inputs)
+    assert torch.autograd.gradgradcheck(softplus, inputs)
+    extreme = torch.tensor([-1e4, -90.0, 90.0, 1e4], requires_grad=True)
+    (slopes,) = torch.autograd.grad(softplus(extreme).sum(), extreme)
+    assert slopes.isfinite().all() and softplus(extreme).isfinite().all()
+
+
+def test_straight_through_rounds_and_passes_the_gradient():
+    x = torch.tensor([0.2, 1.7, -2.4], requires_grad=True)
+    y = CHAPTER["RoundStraightThrough"].apply(x)
+    (3 * y).sum().backward()
+    assert y.tolist() == [0, 2, -2] and x.grad.tolist() == [3, 3, 3]
+
+
+def test_graph_walk_finds_each_node_once_and_deep_graphs_too():
+    a = torch.tensor(2.0, requires_grad=True)
+    assert len(CHAPTER["graph_edges"]((3 * a) * a**2)) == 4
+    total = a
+    for _ in range(5_000):
+        total = total + a
+    edges = CHAPTER["graph_edges"](total)
+    assert len(edges) == 5_001
+    assert len(CHAPTER["graph_places"](edges)) == 5_001
+    with pytest.raises(ValueError, match="no graph"):
+        CHAPTER["graph_edges"](a.detach())
+
+
+def test_graph_places_put_every_arrow_from_right_to_left():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh())
+    x = torch.ones(2, 3)
+    result = (net(x) * net(x)).sum()
+    edges = CHAPTER["graph_edges"](result)
+    places = CHAPTER["graph_places"](edges)
+    assert places.keys() == edges.keys() and len(set(places.values())) == len(places)
+    assert places[result.grad_fn][0] == 0
+    for node, children in edges.items():
+        assert all(places[child][0] < places[node][0] for child in children)
+    labels = CHAPTER["graph_labels"](edges, {"bias": net[0].bias})
+    assert sorted(labels.values()).count("bias") == 1
+    assert "leaf (4, 3)" in labels.values() and "Addmm" in labels.values()
+
+
+@pytest.mark.parametrize("number", [1e-3, 0.3, 1.0, 2.0, 1e4])
+def test_gradient_through_a_loop(number):
+    x = leaf(number)
+    root = CHAPTER["newton_sqrt"](x, tolerance=1e-12 * max(1.0, number))
+    root.backward()
+    assert root.item() == pytest.approx(math.sqrt(number))
+    assert x.grad.item() == pytest.approx(0.5 / math.sqrt(number), rel=1e-6)
+
+
+def test_hessian_vector_product():
+    torch.manual_seed(0)
+    matrix = torch.randn(6, 6, dtype=torch.float64)
+    x, v = torch.randn(2, 6, dtype=torch.float64)
+    product = CHAPTER["hvp"](lambda x: x @ matrix @ x, x, v)
+    torch.testing.assert_close(product, (matrix + matrix.T) @ v)
