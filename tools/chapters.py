@@ -71,6 +71,7 @@ def execute(notebook: NotebookNode, **environment: str) -> NotebookNode:
         timeout=1800,
         kernel_name="python3",
         record_timing=False,
+        coalesce_streams=True,
         resources={"metadata": {"path": str(NOTEBOOKS)}},
     )
     client.execute(env={**os.environ, "TQDM_DISABLE": "1", **environment})

@@ -1,0 +1,301 @@
+"""Draw the cover and the five small pictures of the welcome page, from real runs.
+
+`python book/cover.py` writes them to book/images/; the same versions of torch and
+matplotlib write the same bytes. All are transparent and suit light and dark pages.
+"""
+
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.colors import to_rgb
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from PIL import Image
+from torch import fx, nn
+from torch.nn import functional as F
+from torchvision import datasets
+from torchvision.transforms import v2
+
+IMAGES = Path(__file__).parent / "images"
+DATA = IMAGES.parent.parent / "notebooks" / "data"
+GREY, ORANGE, BLUE, PURPLE = "#757c84", "#e0563a", "#2a8bb8", "#8a6fc4"
+START = (-1.0, 0.6)  # of every walk over the surface
+OPTIMISERS = {
+    "SGD": (lambda p: torch.optim.SGD(p, lr=0.006), GREY),
+    "momentum": (lambda p: torch.optim.SGD(p, lr=0.003, momentum=0.93), BLUE),
+    "Adam": (lambda p: torch.optim.Adam(p, lr=0.05), ORANGE),
+}
+
+
+# ---------------------------------------------------------------- surface and walks
+def surface(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """A hilly loss on [-2, 2] x [-2, 2]: a shallow bowl, four hills, two pits."""
+
+    def bump(height: float, u: float, v: float, width: float) -> torch.Tensor:
+        return height * torch.exp(-((x - u) ** 2 + (y - v) ** 2) / width)
+
+    hills = bump(1.5, -0.95, 0.85, 0.4) + bump(1.15, 1.2, 1.0, 0.45)
+    hills = hills + bump(0.75, 1.35, -0.85, 0.3) + bump(0.45, -1.8, -0.5, 0.25)
+    pits = bump(-1.0, 0.15, -0.2, 0.45) + bump(-0.7, -0.85, -0.8, 0.35)
+    return hills + pits + 0.1 * (x**2 + y**2)
+
+
+def walk(make, start: tuple[float, float], steps: int) -> np.ndarray:
+    """Positions of an optimiser that goes down the surface, (steps + 1, 2)."""
+    point = torch.tensor(start, requires_grad=True)
+    optimiser = make([point])
+    path = [point.detach().clone()]
+    for _ in range(steps):
+        optimiser.zero_grad()
+        surface(*point).backward()
+        optimiser.step()
+        path.append(point.detach().clone())
+    return torch.stack(path).numpy()
+
+
+# ---------------------------------------------------------------- cover
+WIDTH, HEIGHT, FRONT, BACK = 1800, 790, -1.7, 2.0
+
+
+def project(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> tuple:
+    """Where a point of the surface falls on the cover, in pixels."""
+    depth = (y - FRONT) / (BACK - FRONT)  # 0 in front, 1 at the back
+    across = WIDTH / 2 + x / 2 * (WIDTH / 2 - 10) * (1 - 0.36 * depth)
+    return across, HEIGHT - 25 - 600 * depth - 126 * z * (1 - 0.2 * depth)
+
+
+def polyline(points: np.ndarray) -> str:
+    """An SVG path through the points, in whole pixels, relative to save bytes."""
+    points = np.rint(points).astype(int)
+    moves = np.diff(points, axis=0)
+    steps = "".join(f"l{dx},{dy}" for dx, dy in moves if dx or dy).replace(",-", "-")
+    return f"M{points[0][0]},{points[0][1]}{steps}"
+
+
+def pieces(points: np.ndarray, group: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Cut a line wherever its group changes; neighbours share their end point."""
+    cuts = np.flatnonzero(np.diff(group)) + 1
+    bounds = [0, *cuts, len(points)]
+    return [
+        (group[a], points[a : b + 1])
+        for a, b in zip(bounds, bounds[1:], strict=False)
+        if len(points[a : b + 1]) > 1
+    ]
+
+
+def cover(rows: int = 52, columns: int = 180, shades: int = 9) -> str:
+    """The surface as lines, near hiding far, with two optimisers on their way down."""
+    xs = np.linspace(-2, 2, columns)
+    horizon = np.full(WIDTH + 1, np.inf)  # highest line so far at every pixel
+    horizons, grid = [], np.linspace(FRONT, BACK, rows)
+    lines: list[list[str]] = [[] for _ in range(shades)]
+    for y in grid:
+        z = surface(torch.tensor(xs), torch.tensor(y)).numpy()
+        across, down = project(xs, y, z)
+        visible = down <= horizon[np.rint(across).astype(int)] + 0.5
+        shade = np.clip((z + 0.75) / 2.2 * shades, 0, shades - 1).astype(int)
+        for group, piece in pieces(np.c_[across, down], np.where(visible, shade, -1)):
+            if group >= 0:
+                lines[group].append(polyline(piece))
+        pixels = np.arange(int(across[0]) + 1, int(across[-1]))
+        horizons.append(horizon.copy())
+        horizon[pixels] = np.minimum(horizon[pixels], np.interp(pixels, across, down))
+
+    low, high = np.array(to_rgb(BLUE)), np.array(to_rgb("#a5a9ae"))
+    svg = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}">'
+        '<g fill="none" stroke-width="2.2" stroke-linejoin="round">'
+    ]
+    for index, paths in enumerate(lines):
+        mix = (index / (shades - 1)) ** 0.7
+        colour = "#" + "".join(
+            f"{round(255 * c):02x}" for c in low + (high - low) * mix
+        )
+        svg.append(f'<path stroke="{colour}" d="{"".join(paths)}"/>')
+    svg.append('</g><g fill="none" stroke-width="7" stroke-linecap="round">')
+    for name, steps, colour in (("momentum", 220, PURPLE), ("Adam", 160, ORANGE)):
+        path = walk(OPTIMISERS[name][0], START, steps)
+        z = surface(*torch.tensor(path).T).numpy() + 0.02
+        across, down = project(path[:, 0], path[:, 1], z)
+        nearest = np.searchsorted(grid, path[:, 1])
+        at = np.rint(across).astype(int)
+        seen = [
+            d <= horizons[n][a] + 3 for d, n, a in zip(down, nearest, at, strict=True)
+        ]
+        for visible, piece in pieces(np.c_[across, down], np.array(seen)):
+            faint = "" if visible else ' stroke-opacity=".3"'
+            svg.append(f'<path stroke="{colour}"{faint} d="{polyline(piece)}"/>')
+        end = f'cx="{across[-1]:.0f}" cy="{down[-1]:.0f}"'
+        svg.append(f'<circle {end} r="12" fill="{colour}" stroke="none"/>')
+    begin = f'cx="{across[0]:.0f}" cy="{down[0]:.0f}"'
+    svg.append(f'<circle {begin} r="9" fill="{GREY}" stroke="none"/></g></svg>\n')
+    return "".join(svg)
+
+
+# ---------------------------------------------------------------- cards
+def card() -> plt.Axes:
+    """An empty picture for a card of the welcome page."""
+    fig, ax = plt.subplots(figsize=(4, 2.5), dpi=160)
+    fig.subplots_adjust(0.05, 0.07, 0.95, 0.93)
+    ax.axis("off")
+    return ax
+
+
+def save(ax: plt.Axes, name: str) -> None:
+    """Write a card as a transparent PNG."""
+    path = IMAGES / f"{name}.png"
+    buffer = BytesIO()
+    ax.figure.savefig(buffer, transparent=True)
+    plt.close(ax.figure)
+    # 96 colours of red, green, blue and opacity look the same and weigh a third
+    image = Image.open(buffer).quantize(96, Image.Quantize.FASTOCTREE)
+    image.save(path, optimize=True)
+    print(f"{path.name}: {path.stat().st_size:,} bytes")
+
+
+def line_through_houses() -> plt.Axes:
+    """Chapter 1: price against living area, and the line that least squares finds."""
+    header, *rows = (DATA / "AmesHousing.txt").read_text(encoding="utf-8").splitlines()
+    names = header.split("\t")
+    pick = names.index("Gr Liv Area"), names.index("SalePrice")
+    table = [[float(row.split("\t")[i]) for i in pick] for row in rows]
+    area, price = torch.tensor(table).T / torch.tensor([[1e3], [1e5]])
+    design = torch.stack([area, torch.ones_like(area)], dim=1)
+    w, b = torch.linalg.lstsq(design, price.unsqueeze(1)).solution.flatten().tolist()
+    ax = card()
+    ax.scatter(area, price, s=7, color=BLUE, alpha=0.3, linewidths=0)
+    ends = np.array([0.35, 3.6])
+    ax.plot(ends, w * ends + b, color=ORANGE, lw=3.2, solid_capstyle="round")
+    ax.set(xlim=(0.2, 3.7), ylim=(0, 5.2))
+    return ax
+
+
+def walks_over_surface() -> plt.Axes:
+    """Chapter 2: three optimisers start at the same point of the same surface."""
+    ax = card()
+    side = torch.linspace(-2, 2, 160)
+    x, y = torch.meshgrid(side, side, indexing="xy")
+    levels = np.linspace(-0.9, 1.7, 16)
+    height = surface(x, y)
+    lines = {"colors": GREY, "linewidths": 0.9, "alpha": 0.5, "linestyles": "solid"}
+    ax.contour(x, y, height, levels, **lines)
+    for make, colour in OPTIMISERS.values():
+        path = walk(make, START, 200)
+        ax.plot(*path.T, color=colour, lw=2.6, solid_capstyle="round")
+        ax.plot(*path[-1], "o", color=colour, ms=8)
+    ax.plot(*START, "o", color=PURPLE, ms=8)
+    ax.set(xlim=(-2, 2), ylim=(-1.35, 1.45))
+    return ax
+
+
+def augmented_digits() -> plt.Axes:
+    """Chapter 3: four digits, each followed by five augmented copies of it."""
+    torch.manual_seed(0)
+    images = datasets.MNIST(DATA, train=True).data
+    change = v2.RandomAffine(
+        degrees=25, translate=(0.1, 0.1), scale=(0.75, 1.1), shear=12
+    )
+    ax = card()
+    picture = np.zeros((4 * 30, 7 * 30, 4))
+    for row, digit in enumerate(images[[2, 5, 8, 13]]):
+        copies = [digit.unsqueeze(0)] + [change(digit.unsqueeze(0)) for _ in range(6)]
+        for column, image in enumerate(copies):
+            tile = picture[row * 30 + 1 :, column * 30 + 1 :][:28, :28]
+            tile[..., :3] = to_rgb(ORANGE if column == 0 else BLUE)
+            tile[..., 3] = image[0].numpy() / 255
+    ax.imshow(picture, interpolation="bilinear")
+    return ax
+
+
+def overfitting() -> plt.Axes:
+    """Chapter 4: losses of an MLP on 500 training and 1,000 other MNIST images."""
+    torch.manual_seed(0)
+    sets = [datasets.MNIST(DATA, train=train) for train in (True, False)]
+    (x, y), (x_new, y_new) = [
+        (s.data[:n].flatten(1) / 255.0, s.targets[:n])
+        for s, n in zip(sets, (500, 1000), strict=True)
+    ]
+    sizes = (784, 512, 256, 10)
+    layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(40):
+        for batch in torch.randperm(500).split(50):
+            optimiser.zero_grad()
+            F.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimiser.step()
+        with torch.inference_mode():
+            new = F.cross_entropy(model(x_new), y_new).item()
+            losses.append((F.cross_entropy(model(x), y).item(), new))
+    train, new = np.array(losses).T
+    best = new.argmin()
+    ax = card()
+    epochs = np.arange(len(new))
+    ax.axvline(best, color=GREY, lw=1.2, ls=(0, (2, 3)))
+    ax.plot(epochs, train, color=BLUE, lw=2.8, solid_capstyle="round")
+    ax.plot(epochs, new, color=ORANGE, lw=2.8, solid_capstyle="round")
+    ax.plot(best, new[best], "o", color=ORANGE, ms=9)
+    ax.axhline(0, color=GREY, lw=1)
+    ax.set(ylim=(-0.03, 1.1))
+    return ax
+
+
+class Block(nn.Module):
+    """A small residual block, whose graph is the picture of chapter 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.conv2(F.relu(self.conv1(x)))
+        return self.head(F.relu(hidden + x).mean(dim=(2, 3)))
+
+
+def graph_of_module() -> plt.Axes:
+    """Chapter 5: the graph that torch.fx finds in a residual block."""
+    nodes = list(fx.symbolic_trace(Block()).graph.nodes)
+    ax = card()
+    boxes = {}
+    for index, node in enumerate(nodes):  # three to a row, there and back
+        row, column = divmod(index, 3)
+        x, y = (column, 2 - column)[row % 2] * 1.5, -0.85 * row
+        colour = {"call_module": ORANGE, "placeholder": GREY, "output": GREY}
+        colour = colour.get(node.op, BLUE)
+        shape = "round,pad=0.05,rounding_size=0.12"
+        boxes[node] = FancyBboxPatch(
+            (x - 0.42, y - 0.17), 0.84, 0.34, boxstyle=shape,
+            fc=(*to_rgb(colour), 0.14), ec=colour, lw=2,
+        )  # fmt: skip
+        ax.add_patch(boxes[node])
+        name = node.name.split("_")[0]
+        style = {"ha": "center", "va": "center", "family": "monospace"}
+        ax.text(x, y, name, color=colour, fontsize=11, **style)
+        for source in node.all_input_nodes:
+            skips = nodes.index(node) - nodes.index(source) > 1
+            begin = boxes[source].get_path().get_extents().get_points().mean(axis=0)
+            arrow = FancyArrowPatch(
+                begin, (x, y), patchA=boxes[source], patchB=boxes[node], lw=2,
+                arrowstyle="-|>", mutation_scale=13, shrinkA=0, shrinkB=1,
+                color=PURPLE if skips else GREY,
+            )  # fmt: skip
+            ax.add_patch(arrow)
+    ax.set(xlim=(-0.55, 3.55), ylim=(-2.05, 0.35))
+    return ax
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    target = IMAGES / "cover.svg"
+    target.write_text(cover(), encoding="utf-8")
+    print(f"{target.name}: {target.stat().st_size:,} bytes")
+    save(line_through_houses(), "01")
+    save(walks_over_surface(), "02")
+    save(augmented_digits(), "03")
+    save(overfitting(), "04")
+    save(graph_of_module(), "05")

@@ -1,0 +1,472 @@
+"""The site, built from the stored outputs and opened in a real browser.
+
+The tests look at every page, light and dark, on a desk and on a telephone. They need
+Chromium (`apt-get install chromium`, or set CHROMIUM to its path) and are skipped where
+there is none; with CI=true in the environment its absence is a failure.
+"""
+
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ADDRESSES = ("BOOK_REPOSITORY_URL", "BOOK_REPOSITORY_BRANCH", "GITHUB_SERVER_URL")
+ADDRESSES += ("GITHUB_REPOSITORY", "GITHUB_REF_NAME")
+BROWSER = next(
+    filter(
+        None,
+        [os.environ.get("CHROMIUM"), *map(shutil.which, ("chromium", "google-chrome"))],
+    ),
+    None,
+)
+FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
+    --disable-background-networking --disable-component-update""".split()
+SCREENS = {"desktop": (1280, 900), "phone": (390, 844)}
+MEGABYTE = 1_000_000
+# Tokens of a kind have the same colours, and so have formulas: axe, which takes long to
+# compute what is behind an element, looks at one of each
+ONE_OF_EACH_KIND = """() => {
+    const seen = new Set();
+    for (const token of document.querySelectorAll(".highlight span")) {
+        const place = token.closest(".cell_input, .cell_output, article").className;
+        const kind = `${token.className} in ${place}`;
+        if (seen.has(kind)) token.replaceWith(...token.childNodes);
+        seen.add(kind);
+    }
+    [...document.querySelectorAll("math")].slice(1).forEach((m) => m.replaceChildren());
+}"""
+TOO_WIDE = """() => {
+    const room = document.documentElement.clientWidth;
+    if (document.documentElement.scrollWidth <= room) return [];
+    return [...document.querySelectorAll("body *")]
+        .filter((e) => e.getBoundingClientRect().right > room + 1)
+        .filter((e) => !e.closest("pre, .wide, .formula > div, .sidebar"))
+        .map((e) => e.outerHTML.slice(0, 120));
+}"""
+OUT_OF_REACH = """() => [...document.querySelectorAll("article *")]
+    .filter((e) => e.scrollWidth > e.clientWidth + 1 && e.tabIndex < 0)
+    .filter((e) => ["auto", "scroll"].includes(getComputedStyle(e).overflowX))
+    .map((e) => e.outerHTML.slice(0, 120))"""
+WITHOUT_TEXT = """() => [...document.images]
+    .filter((i) => !i.hasAttribute("alt") ||
+        (!i.alt.trim() && !i.closest("a")?.textContent.trim()))
+    .map((i) => i.outerHTML.slice(0, 120))"""
+
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
+
+
+def build(folder: Path, *options: str, **address: str) -> Path:
+    """Build what lies in folder, with an address in the environment or none."""
+    env = {k: v for k, v in os.environ.items() if k not in ADDRESSES} | address
+    jupyter_book = str(Path(sys.executable).with_name("jupyter-book"))
+    command = [jupyter_book, "build", ".", "--all", *options]
+    result = subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "_build" / "html"
+
+
+def copy(folder: Path) -> Path:
+    """A copy of what the site is made of."""
+    leave_out = shutil.ignore_patterns(".*", "_build", "tests", "tools", "data")
+    return shutil.copytree(ROOT, folder, ignore=leave_out)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    """The folder of the site, built with every warning an error and no address set."""
+    folder = copy(tmp_path_factory.mktemp("site") / "book")
+    return build(folder, "-W", "-n", "--keep-going")
+
+
+@pytest.fixture(scope="session")
+def pages(site: Path) -> list[str]:
+    """Addresses of all pages below the site's folder."""
+    found = [p.relative_to(site).as_posix() for p in sorted(site.rglob("*.html"))]
+    return [page for page in found if "/" in page or page == "search.html"]
+
+
+@pytest.fixture(scope="module")
+def server(site: Path):
+    """Address of a local server of the site."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments) -> None:
+            pass
+
+    handler = partial(Quiet, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}/"
+        running.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium; closed before other tests run, as its event loop disturbs."""
+    if BROWSER is None:
+        reason = (
+            "no Chromium: get it with `apt-get install chromium`, "
+            "or set CHROMIUM to the path of a browser that is there"
+        )
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        yield running
+        running.close()
+
+
+class Visit:
+    """A browser tab that writes down what goes wrong and what is loaded."""
+
+    def __init__(self, browser, screen: str = "desktop", scheme: str = "light") -> None:
+        width, height = SCREENS[screen]
+        self.context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme
+        )
+        self.tab = self.context.new_page()
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.tab.on("request", lambda request: self.requests.append(request.url))
+        self.tab.on("requestfailed", lambda r: self.complaints.append(f"lost {r.url}"))
+        self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.tab.on("console", self._listen)
+
+    def _listen(self, message) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(f"{message.type}: {message.text}")
+
+    def open(self, address: str) -> None:
+        """Open the page and load all its images, those further down too."""
+        self.tab.goto(address)
+        self.tab.evaluate(
+            """async () => {
+                for (const image of document.images) image.loading = "eager";
+                await Promise.all([...document.images].map((i) => i.decode()));
+                await document.fonts.ready;
+            }"""
+        )
+
+    def __enter__(self) -> "Visit":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.context.close()
+
+
+def is_chapter(page: str) -> bool:
+    """Whether the page is a chapter, not one of the pages around them."""
+    return page.startswith("notebooks/")
+
+
+# ---------------------------------------------------------------- without a browser
+@pytest.mark.parametrize(
+    ("latex", "expected"),
+    [
+        (r"\hat{y}", '<mover accent="true"><mrow><mi>y</mi></mrow>'),
+        (r"\mathbf{W} \in \mathbb{R}^{m \times n}", "<mi>𝐖</mi>"),
+        (r"\begin{aligned} a &= b \\ c &= d \end{aligned}", 'class="aligned"'),
+        (r"\begin{bmatrix} 1 & 2 \end{bmatrix}^\top", "<msup><mrow><mo>[</mo>"),
+        (r"\begin{cases} x & x > 0 \\ 0 & \text{else} \end{cases}", "<mo>&gt;</mo>"),
+        (r"\arg\min_\theta L", "<munder><mo"),
+        (r"\operatorname{softmax}(z)", '<mi class="name">softmax</mi>'),
+        (r"\boldsymbol{\theta}", "𝜽"),
+        (r"\log x", '<mspace width="0.167em"'),
+        (r"\mathrm{ReLU}(x)", "<mi>ReLU</mi>"),
+        (r"\|x\|_2", "‖"),
+    ],
+)
+def test_formula(latex, expected):
+    """Common LaTeX becomes the MathML that browsers draw."""
+    from book_math import mathml
+
+    assert expected in mathml(latex, display=True)
+
+
+@pytest.mark.parametrize(
+    "latex", [r"\foo{x}", r"\frac{a", r"a & b", r"\begin{foo} a \end{foo}", "x^"]
+)
+def test_untranslatable_formula_is_an_error(latex):
+    """What latex2mathml passes through, or stumbles over, is not drawn as if right."""
+    from book_math import MathError, mathml
+
+    with pytest.raises(MathError):
+        mathml(latex, display=False)
+
+
+def test_untranslatable_formula_fails_the_build(tmp_path):
+    """The warning names the page and the formula."""
+    (tmp_path / "index.md").write_text("# Title\n\nWrong: $\\foo{x}$\n")
+    config = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'book' / '_ext')!r})\n"
+        "extensions = ['myst_parser', 'book_math']\n"
+        "myst_enable_extensions = ['dollarmath']\nhtml_math_renderer = 'mathml'\n"
+    )
+    (tmp_path / "conf.py").write_text(config)
+    command = [sys.executable, "-m", "sphinx", "-W", "-q", ".", "out"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "page index" in result.stderr
+    assert r"\foo{x}" in result.stderr
+
+
+def test_no_address_no_link(site, pages):
+    """Without an address in the environment no page points to a repository or Colab."""
+    for page in pages:
+        text = (site / page).read_text(encoding="utf-8")
+        for name in ("google.com/github", "mybinder.org/v2", "executablebooks"):
+            assert name not in text, f"{page} names {name}"
+
+
+def test_nothing_named_from_elsewhere(site, pages):
+    """No page names a script, style sheet or image of another origin, or MathJax."""
+    loads = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*(?:src|href)="https?:""")
+    for page in pages:
+        text = (site / page).read_text(encoding="utf-8")
+        assert not loads.search(text), page
+        for name in ("mathjax", "thebe", "require.js", "fontawesome"):
+            assert name not in text.lower(), f"{page}: {name}"
+
+
+def test_links_lead_somewhere(site, pages):
+    """Every link inside the site has a target, and every fragment an element."""
+    missing = []
+    texts = {page: (site / page).read_text(encoding="utf-8") for page in pages}
+    for page, text in texts.items():
+        for href in re.findall(r'<a\b[^>]*\bhref="([^"]+)"', text):
+            url = urlsplit(href)
+            if url.scheme or url.netloc:
+                continue
+            target = (
+                (site / page).parent / unquote(url.path) if url.path else site / page
+            )
+            target = target.resolve()
+            if not target.is_file():
+                missing.append(f"{page}: {href}")
+            elif url.fragment and target.suffix == ".html":
+                aim = texts.get(target.relative_to(site.resolve()).as_posix(), "")
+                if f'id="{unquote(url.fragment)}"' not in aim:
+                    missing.append(f"{page}: {href}")
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        {
+            "BOOK_REPOSITORY_URL": "https://github.com/someone/some-book",
+            "BOOK_REPOSITORY_BRANCH": "release/1",
+        },
+        {
+            "GITHUB_SERVER_URL": "https://github.com",
+            "GITHUB_REPOSITORY": "someone/some-book",
+            "GITHUB_REF_NAME": "release/1",
+        },
+    ],
+    ids=["variable", "GitHub Actions"],
+)
+def test_links_with_address(address, monkeypatch):
+    """With an address, the links name its repository, branch and the notebook."""
+    import book_site
+
+    for name in ADDRESSES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in address.items():
+        monkeypatch.setenv(name, value)
+    colab, binder = (link["url"] for link in book_site.links("notebooks/02_autograd"))
+    book = "someone/some-book"
+    assert colab == (
+        "https://colab.research.google.com/github/"
+        f"{book}/blob/release/1/notebooks/02_autograd.ipynb"
+    )
+    assert binder == (
+        f"https://mybinder.org/v2/gh/{book}/release%2F1"
+        "?urlpath=lab%2Ftree%2Fnotebooks%2F02_autograd.ipynb"
+    )
+
+
+def test_page_with_address(tmp_path):
+    """A build with an address: the chapter has its links, other pages have none."""
+    folder = copy(tmp_path / "book")
+    chapter = sorted(folder.glob("notebooks/*.ipynb"))[-1].relative_to(folder)
+    toc = f"format: jb-book\nroot: book/status\nchapters: [file: {chapter}]\n"
+    (folder / "_toc.yml").write_text(toc)  # two pages are enough, and quick
+    html = build(folder, BOOK_REPOSITORY_URL="https://github.com/someone/some-book")
+    text = (html / chapter).with_suffix(".html").read_text(encoding="utf-8")
+    found = re.findall(r'href="(https://(?:colab|mybinder)[^"]*)"', text)
+    assert found == [
+        f"https://colab.research.google.com/github/someone/some-book/blob/main/{chapter}",
+        "https://mybinder.org/v2/gh/someone/some-book/main?urlpath=lab%2Ftree%2F"
+        + str(chapter).replace("/", "%2F"),
+    ]
+    other = (html / "book" / "status.html").read_text(encoding="utf-8")
+    assert "someone/some-book" not in other
+
+
+# ---------------------------------------------------------------- in the browser
+def test_every_page_loads_cleanly(browser, server, pages):
+    """From a server: no other origin, nothing missing, no word on the console."""
+    with Visit(browser) as visit:
+        for page in pages:
+            visit.open(server + page)
+            assert visit.complaints == [], page
+        foreign = [
+            url for url in visit.requests if not url.startswith((server, "data:"))
+        ]
+        assert foreign == []
+
+
+def test_every_page_opens_from_a_file(browser, site, pages):
+    """The same without a server."""
+    with Visit(browser) as visit:
+        for page in pages:
+            visit.open((site / page).as_uri())
+            assert visit.complaints == [], page
+        assert [u for u in visit.requests if not u.startswith(("file:", "data:"))] == []
+
+
+def test_weight(browser, server, pages):
+    """All bytes of a chapter's first visit, uncompressed, images below included."""
+    weights = {}
+    for page in filter(is_chapter, pages):
+        with Visit(browser) as visit:
+            sizes: dict[str, int] = {}
+            kinds: dict[str, int] = {}
+
+            def weigh(response, sizes=sizes, kinds=kinds) -> None:
+                size = int(response.headers["content-length"])
+                kind = response.request.resource_type
+                sizes[response.url] = size
+                kinds[kind] = kinds.get(kind, 0) + size
+
+            visit.tab.on("response", weigh)
+            visit.open(server + page)
+        weights[page] = sum(sizes.values())
+        parts = ", ".join(f"{kind} {size:,}" for kind, size in sorted(kinds.items()))
+        print(f"{page}: {weights[page]:,} bytes ({parts})")
+        rest = weights[page] - kinds["document"] - kinds.get("image", 0)
+        assert rest <= 400_000, f"style, scripts and fonts of {page}: {rest:,} bytes"
+    assert statistics.median(weights.values()) <= MEGABYTE
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("screen", list(SCREENS))
+def test_accessible_and_no_sideways_scrolling(browser, server, pages, screen, scheme):
+    """Nothing serious from axe, nothing wider than the screen, all images with text."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    problems = []
+    with Visit(browser, screen, scheme) as visit:
+        for page in pages:
+            visit.open(server + page)
+            # folded cells are read too
+            visit.tab.evaluate(
+                "document.querySelectorAll('details').forEach((d) => (d.open = true))"
+            )
+            visit.tab.wait_for_timeout(50)  # until the page's own script has seen it
+            for script, problem in (
+                (TOO_WIDE, "wider than the screen"),
+                (OUT_OF_REACH, "scrolls, but not by keyboard"),
+                (WITHOUT_TEXT, "image without alt text"),
+            ):
+                found = visit.tab.evaluate(script)
+                problems += [f"{page}: {problem}: {element}" for element in found]
+            visit.tab.evaluate(ONE_OF_EACH_KIND)
+            found = axe.run(visit.tab, options={"resultTypes": ["violations"]}).response
+            for finding in found["violations"]:
+                if finding["impact"] in ("serious", "critical"):
+                    where = [node["html"][:120] for node in finding["nodes"][:3]]
+                    problems.append(f"{page}: {finding['id']}: {where}")
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("way", ["server", "file"])
+def test_search(browser, server, site, way):
+    """A word typed into the search field of a page finds the chapters that have it."""
+    with Visit(browser) as visit:
+        start = server if way == "server" else site.as_uri() + "/"
+        visit.open(start + "book/how_to_use.html")
+        visit.tab.keyboard.press("/")
+        visit.tab.keyboard.type("autograd")
+        visit.tab.keyboard.press("Enter")
+        visit.tab.wait_for_selector("#search-results li a")
+        hits = visit.tab.locator("#search-results li a").all_inner_texts()
+        assert any("Autograd" in hit or "autograd" in hit for hit in hits), hits
+        visit.tab.locator("#search-results li a").first.click()
+        visit.tab.wait_for_selector("article h1")
+        assert visit.complaints == []
+
+
+def test_formulas_are_mathml(browser, server, pages):
+    """Chapters hold MathML, and the mathematical font is the one that draws it."""
+    with Visit(browser) as visit:
+        counts = {}
+        for page in filter(is_chapter, pages):
+            visit.open(server + page)
+            counts[page] = visit.tab.locator("math").count()
+        assert sum(counts.values()) > 0
+        page = max(counts, key=counts.get)
+        visit.open(server + page)
+        assert visit.tab.evaluate("document.fonts.check('16px \"Book Math\"', 'x')")
+        raised = visit.tab.evaluate(
+            """() => [...document.querySelectorAll("msup")].some((m) =>
+                m.children[1].getBoundingClientRect().bottom <
+                m.children[0].getBoundingClientRect().bottom)"""
+        )
+        assert raised, "an exponent is drawn above its base"
+
+
+def test_light_and_dark(browser, server):
+    """The switch changes the page, and the next page remembers."""
+    ground = "getComputedStyle(document.body).backgroundColor"
+    with Visit(browser) as visit:
+        visit.open(server + "book/index.html")
+        light = visit.tab.evaluate(ground)
+        visit.tab.get_by_role("button", name="Switch to dark").click()
+        dark = visit.tab.evaluate(ground)
+        assert dark != light
+        visit.open(server + "book/glossary.html")
+        assert visit.tab.evaluate(ground) == dark
+        visit.tab.get_by_role("button", name="Switch to light").click()
+        assert visit.tab.evaluate(ground) == light
+
+
+def test_previous_and_next(browser, server, pages):
+    """Following "next" from the welcome page passes every page of the book once."""
+    with Visit(browser) as visit:
+        visit.tab.goto(server)
+        visit.tab.wait_for_url("**/book/index.html")
+        seen = []
+        while True:
+            seen.append(visit.tab.url.removeprefix(server))
+            forward = visit.tab.locator("a.next")
+            if not forward.count():
+                break
+            forward.click()
+            visit.tab.wait_for_load_state()
+            back = visit.tab.locator("a.previous").evaluate("a => a.href")
+            assert back == server + seen[-1]
+        assert sorted(seen) == sorted(set(pages) - {"search.html"})
+
+
+def test_menu_on_a_phone(browser, server):
+    """The chapters are behind a button there, and reachable by keyboard."""
+    with Visit(browser, "phone") as visit:
+        visit.open(server + "book/index.html")
+        chapters = visit.tab.get_by_role("navigation", name="Chapters")
+        assert not chapters.is_visible()
+        visit.tab.get_by_role("button", name="Contents of the book").click()
+        chapters.wait_for(state="visible")
+        visit.tab.keyboard.press("Escape")
+        chapters.wait_for(state="hidden")
