@@ -1,4 +1,4 @@
-"""Chapter 4: metrics against scikit-learn, early stopping, augmentation, checkpoints."""
+"""Chapter 4: metrics against scikit-learn, loop, augmentation, checkpoints."""
 
 import math
 
@@ -289,12 +289,14 @@ def test_a_damaged_file_is_named_with_the_remedy(tmp_path, kind):
     if kind == "code":  # weights_only refuses to run it
         torch.save({"epoch": print}, path)
     else:
-        path.write_bytes({
-            "cut off": content[: len(content) // 2],
-            "altered": b"\0" * 200 + content[200:-200] + b"\0" * 200,
-            "empty": b"",
-            "text": b"not a checkpoint",
-        }[kind])
+        path.write_bytes(
+            {
+                "cut off": content[: len(content) // 2],
+                "altered": b"\0" * 200 + content[200:-200] + b"\0" * 200,
+                "empty": b"",
+                "text": b"not a checkpoint",
+            }[kind]
+        )
     with pytest.raises(RuntimeError, match=r"run\.pt is damaged.*Delete it"):
         define("load_checkpoint")(path, *a_run(0))
 

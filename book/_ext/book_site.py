@@ -109,6 +109,7 @@ def finish_body(app: Sphinx, body: str) -> str:
     body = THEBE.sub("", body)
     body = PLAIN_TOKEN.sub(r"\1", body)
     body = body.replace("tex2jax_ignore mathjax_ignore", "")
+    body = body.replace(' role="list"', "")  # of citations, which are no list items
     body = body.replace(' aria-label="Toggle hidden content"', "")
     body = re.sub(r"<table\b", '<div class="wide"><table', body)
     return body.replace("</table>", "</table></div>")

@@ -71,6 +71,9 @@
       if (here?.hasAttribute("aria-current")) return;
       links.forEach((a) => a.removeAttribute("aria-current"));
       here?.setAttribute("aria-current", "true");
+      if (here && wide.matches) {
+        contents.scrollTop = here.offsetTop - contents.clientHeight / 2;
+      }
     };
     addEventListener("scroll", () => requestAnimationFrame(follow), { passive: true });
     follow();
