@@ -24,6 +24,8 @@ UNUSED_PATTERNS = ["mystnb.*.css", "sphinx-design.min.css", "design-style.*.min.
 
 PLAIN_TOKEN = re.compile(r'<span class="(?:n|o|p|w|vm|nv)">([^<]*)</span>')
 
+# The first line of a folded cell, which is for Colab: here the button says it
+FORM_TITLE = re.compile(r'<span class="c1"># ?@title [^<]*</span>\n')
 # What Jupyter Book appends for running cells in the page, with another book's address
 THEBE = re.compile(
     r'<script type="text/x-thebe-config">.*?</script>\s*<script>kernelName.*?</script>',
@@ -107,6 +109,7 @@ def finish_body(app: Sphinx, body: str) -> str:
 
     body = re.sub(r"<img [^>]*>", image, body)
     body = THEBE.sub("", body)
+    body = FORM_TITLE.sub("", body)
     body = PLAIN_TOKEN.sub(r"\1", body)
     body = body.replace("tex2jax_ignore mathjax_ignore", "")
     body = body.replace(' role="list"', "")  # of citations, which are no list items
