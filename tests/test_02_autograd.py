@@ -68,6 +68,7 @@ def test_random_expressions_agree_in_value_and_gradient(seed):
         lambda a: 4 / a,
         lambda a: a / a,
         lambda a: a - a,
+        lambda a: -a,
         lambda a: a**3,
         lambda a: a**0.5,
         lambda a: a**-2,
@@ -218,6 +219,18 @@ def test_optimisers_agree_with_torch(name, lr):
             assert (a - b).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("name", ["GradientDescent", "Momentum", "Nesterov", "Adam"])
+def test_optimisers_leave_parameters_without_gradient_alone(name):
+    used, unused = leaf(1.0), leaf(1.0)
+    optimizer = CHAPTER[name]([unused, used], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (used**2).backward()
+        optimizer.step()
+    assert unused.item() == 1.0
+    assert used.item() < 1.0
+
+
 def test_walks_at_once_equal_walks_one_by_one():
     start, rates = (-1.2, 1.0), torch.tensor([[1e-3], [5e-3]], dtype=torch.float64)
     for name in ("GradientDescent", "Momentum", "Adam"):
@@ -246,6 +259,13 @@ def test_softplus_and_its_derivatives():
     extreme = torch.tensor([-1e4, -90.0, 90.0, 1e4], requires_grad=True)
     (slopes,) = torch.autograd.grad(softplus(extreme).sum(), extreme)
     assert slopes.isfinite().all() and softplus(extreme).isfinite().all()
+
+
+def test_softplus_works_with_torch_func():
+    softplus = CHAPTER["Softplus"].apply
+    x = torch.tensor([-3.0, 0.0, 3.0], dtype=torch.float64)
+    slopes = torch.func.grad(lambda x: softplus(x).sum())(x)
+    torch.testing.assert_close(slopes, torch.sigmoid(x))
 
 
 def test_straight_through_rounds_and_passes_the_gradient():

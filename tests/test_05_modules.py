@@ -19,6 +19,7 @@ def chapter() -> dict:
         *("Registry", "MiniModule", "record", "summarise", "draw_graph"),
         *("rename_keys", "find_misfits", "load_renamed", "xavier_std", "kaiming_std"),
         *("Block", "DigitNet", "RenamedNet", "TiedModel", "LowRank", "fold"),
+        *("FrozenDigitNet", "with_new_head", "FixedCentre", "Centre"),
     )
 
 
@@ -66,6 +67,8 @@ def test_mini_module_reads_back_what_it_registered(chapter):
     module.note = "plain"
     assert torch.equal(module.weight, torch.ones(2)) and module.note == "plain"
     assert torch.equal(module.mean, torch.zeros(2))
+    module.mean = torch.ones(2)
+    assert torch.equal(module.state_dict()["mean"], torch.ones(2))
     with pytest.raises(AttributeError, match="absent"):
         _ = module.absent
 
@@ -96,6 +99,35 @@ def test_summary_counts_shared_and_uncalled_parameters_once(chapter):
     rows = chapter["summarise"](attention, x, x, x)
     total = sum(p.numel() for p in attention.parameters())
     assert sum(row[3] for row in rows) == total
+
+
+def test_summary_lists_a_parent_of_an_empty_container_by_its_parts(chapter):
+    model = nn.Sequential(nn.Sequential(nn.Sequential()), nn.Linear(2, 3))
+    rows = chapter["summarise"](model, torch.zeros(1, 2))
+    assert [row[0] for row in rows] == ["0.0", "1"]
+
+
+def test_frozen_parts_stay_in_eval_mode_and_others_follow(chapter):
+    base = chapter["DigitNet"](classes=5)
+    model = chapter["with_new_head"](base, 3, chapter["FrozenDigitNet"])
+    model.drop = nn.Dropout()
+    model.train()
+    assert not any(m.training for m in [*model.stem.modules(), *model.blocks.modules()])
+    assert model.training and model.head.training and model.drop.training
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+        "head.weight",
+        "head.bias",
+    ]
+    assert torch.equal(model.stem[0].weight, base.stem[0].weight)
+    model.eval()
+    assert not model.head.training and not model.drop.training
+
+
+def test_the_mean_in_a_buffer_is_saved(chapter):
+    trained, loaded = chapter["FixedCentre"](), chapter["FixedCentre"]()
+    trained.measure(torch.tensor([1.0, 3.0]))
+    loaded.load_state_dict(trained.state_dict())
+    assert loaded.mean == trained.mean == 2
 
 
 def test_recording_removes_its_hooks_when_the_model_fails(chapter):
