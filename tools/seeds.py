@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import nbformat
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from chapters import execute, find_chapters
 
@@ -88,6 +88,8 @@ def run(path: Path, seed: int, threads: int) -> tuple[list, dict, str]:
             execute(notebook, BOOK_CLAIMS=str(log), OMP_NUM_THREADS=str(threads))
         except CellExecutionError as failure:
             error = f"{failure.ename}: {failure.evalue}"
+        except DeadKernelError:
+            error = "the kernel died: out of memory?"
         claims = [json.loads(line) for line in log.read_text().splitlines()]
     return claims, sources, error
 
