@@ -297,7 +297,7 @@ def test_a_damaged_file_is_named_with_the_remedy(tmp_path, kind):
                 "text": b"not a checkpoint",
             }[kind]
         )
-    with pytest.raises(RuntimeError, match=r"run\.pt is damaged.*Delete it"):
+    with pytest.raises(RuntimeError, match=r"run\.pt is damaged.*Go on from"):
         define("load_checkpoint")(path, *a_run(0))
 
 
@@ -316,3 +316,14 @@ def test_a_file_of_another_network_is_refused_and_touches_nothing(tmp_path, hidd
     with pytest.raises(RuntimeError, match=r"run\.pt does not fit.*sizes it was saved"):
         define("load_checkpoint")(tmp_path / "run.pt", *run)
     assert nn.utils.parameters_to_vector(run[0].parameters()).equal(before)
+
+
+def test_a_file_of_another_optimiser_is_refused_and_touches_nothing(tmp_path):
+    define("save_checkpoint")(tmp_path / "run.pt", 1, *a_run(0))
+    model, _, scheduler, loader = a_run(1)
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match=r"optimizer is AdamW.*SGD here.*same optim"):
+        define("load_checkpoint")(tmp_path / "run.pt", model, sgd, scheduler, loader)
+    assert nn.utils.parameters_to_vector(model.parameters()).equal(before)
+    assert not sgd.state
