@@ -80,13 +80,14 @@ def test_chapters_are_found_by_number_name_or_path():
 # Status
 
 
-def test_status_tells_which_data_were_opened(notebook):
-    path = notebook(
-        "import json, pathlib; pathlib.Path('data/numbers.csv').read_text()"
-    )
+def test_status_tells_which_data_are_read(notebook):
+    source = 'import json\nfile = open("data/" + "numbers.csv")\nprint(file.read())'
+    path = notebook(source)
     (path.parent / "data").mkdir()
     (path.parent / "data" / "numbers.csv").write_text("1")
-    assert "| numbers.csv (repository) |" in chapters.measure(path)
+    (path.parent / "data" / "other.csv").write_text("1")
+    row = chapters.measure(path)
+    assert "| numbers.csv (repository) |" in row and "other" not in row
 
 
 def test_the_status_table_has_a_row_for_each_chapter():

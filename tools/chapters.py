@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import sys
 import time
 from datetime import date
@@ -31,19 +32,13 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 
-# Cells put around a chapter to measure it: an audit hook sees each opened file.
-LISTEN = """
-import sys as _sys
-_opened = set()
-_sys.addaudithook(lambda event, args: event == "open" and _opened.add(str(args[0])))
-"""
+# Put behind a chapter to ask its kernel what it needed
 MEASURE = """
-import json as _json, resource as _resource
+import json as _json, resource as _resource, sys as _sys
 import torch as _torch
 _peak = _resource.getrusage(_resource.RUSAGE_SELF).ru_maxrss
 _peak = _peak / (1024**3 if _sys.platform == "darwin" else 1024**2)
-_found = {"torch": _torch.__version__, "gib": _peak, "opened": sorted(_opened)}
-print(_json.dumps(_found))
+print(_json.dumps({"torch": _torch.__version__, "gib": _peak}))
 """
 
 
@@ -95,18 +90,14 @@ def refresh(path: Path) -> None:
     )
 
 
-def data_read(opened: list[str]) -> str:
-    """Which data a chapter opened, and where they come from."""
-    found = set()
-    for name in opened:
-        parts = Path(name).parts
-        if "data" in parts and "site-packages" not in parts:
-            found.update(parts[parts.index("data") + 1 :][:1])
-        elif "sklearn" in parts and parts[-2:-1] in [("images",), ("data",)]:
-            found.add(f"{parts[-1]} (scikit-learn)")
-    kept = {p.name for p in (NOTEBOOKS / "data").iterdir()} - {"SHA256SUMS"}
-    named = [f"{n} (repository)" if n in kept else n for n in found - {"SHA256SUMS"}]
-    return ", ".join(sorted(named)) or "none"
+def data_read(notebook: NotebookNode) -> str:
+    """Which data the code of a chapter names, and where they come from."""
+    code = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
+    kept = [path.name for path in (NOTEBOOKS / "data").glob("[!.]*")]
+    found = [f"{name} (repository)" for name in kept if f'"{name}"' in code]
+    loaders = re.findall(r"from sklearn.datasets import (.+)", code)
+    found += [f"{name} (scikit-learn)" for line in loaders for name in line.split(", ")]
+    return ", ".join(sorted(found)) or "none"
 
 
 def machine() -> str:
@@ -128,7 +119,6 @@ def measure(path: Path) -> str:
     """Run a chapter without storing it; its row of the status table."""
     notebook = nbformat.read(path, as_version=4)
     title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(LISTEN))
     notebook.cells.append(nbformat.v4.new_code_cell(MEASURE))
     started = time.perf_counter()
     execute(notebook)
@@ -138,7 +128,7 @@ def measure(path: Path) -> str:
         f"[{title}](../notebooks/{path.name})",
         f"{seconds:.0f}",
         f"{found['gib']:.1f}",
-        data_read(found["opened"]),
+        data_read(notebook),
         found["torch"].split("+")[0],
         date.today().isoformat(),
     ]
