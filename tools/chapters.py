@@ -93,7 +93,7 @@ def refresh(path: Path) -> None:
 def data_read(notebook: NotebookNode) -> str:
     """Which data the code of a chapter names, and where they come from."""
     code = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
-    kept = [path.name for path in (NOTEBOOKS / "data").glob("[!.]*")]
+    kept = {path.name for path in (NOTEBOOKS / "data").glob("[!.]*")} - {"SHA256SUMS"}
     found = [f"{name} (repository)" for name in kept if f'"{name}"' in code]
     loaders = re.findall(r"from sklearn.datasets import (.+)", code)
     found += [f"{name} (scikit-learn)" for line in loaders for name in line.split(", ")]
