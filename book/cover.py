@@ -1,4 +1,4 @@
-"""Draw the cover and the five small pictures of the welcome page, from real runs.
+"""Draw the cover and the small pictures of the welcome page, from real runs.
 
 `python book/cover.py` writes them to book/images/; the same versions of torch and
 matplotlib write the same bytes. All are transparent and suit light and dark pages.
@@ -13,6 +13,7 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image
+from sklearn.datasets import load_sample_image
 from torch import fx, nn
 from torch.nn import functional as F
 from torchvision import datasets
@@ -289,6 +290,86 @@ def graph_of_module() -> plt.Axes:
     return ax
 
 
+def letters_of_a_line() -> plt.Axes:
+    """Chapter 6: lines of Shakespeare without spaces, every other word in a tint."""
+    text = (DATA / "shakespeare.txt").read_text(encoding="ascii")
+    start = text.index("Shall I compare thee")
+    lines = text[start:].splitlines()[:5]
+    ax = card()
+    for row, line in enumerate(lines):
+        words = ["".join(filter(str.isalpha, word.lower())) for word in line.split()]
+        x = 0
+        for number, word in enumerate(filter(None, words)):
+            if x + len(word) > 26:  # the picture is full
+                break
+            colour = (ORANGE, BLUE)[number % 2]
+            box = FancyBboxPatch(
+                (x - 0.42, -1.5 * row - 0.45), len(word) - 0.16, 0.95, lw=0,
+                boxstyle="round,pad=0,rounding_size=0.25", fc=(*to_rgb(colour), 0.22),
+            )  # fmt: skip
+            ax.add_patch(box)
+            for letter in word:
+                style = {"ha": "center", "va": "center", "family": "monospace"}
+                ax.text(x, -1.5 * row, letter, color=colour, fontsize=11.5, **style)
+                x += 1
+    ax.set(xlim=(-0.7, 25.7), ylim=(-6.9, 0.9))
+    return ax
+
+
+def gradients_by_depth() -> plt.Axes:
+    """Chapter 7: gradient norms by layer at the start, plain and with residuals."""
+    images = datasets.FashionMNIST(DATA, train=True).data[:64, None, ::2, ::2] / 255.0
+    ax = card()
+    for residual, colour in ((False, ORANGE), (True, BLUE)):
+        norms = []
+        for seed in range(5):
+            torch.manual_seed(seed)
+            stem = nn.Conv2d(1, 16, 3, padding=1)
+            layers = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(40)]
+            x = F.relu(stem(images))
+            for layer in layers:
+                x = x + F.relu(layer(x)) if residual else F.relu(layer(x))
+            x.mean().backward()
+            norms.append([layer.weight.grad.norm().item() for layer in layers])
+        norms = np.array(norms)
+        depth = np.arange(1, 41)
+        relative = np.log10(norms / norms[:, -1:])
+        ax.fill_between(
+            depth, relative.min(0), relative.max(0), color=colour, alpha=0.2, lw=0
+        )
+        style = {"color": colour, "lw": 3.2, "solid_capstyle": "round"}
+        ax.plot(depth, relative.mean(0), **style)
+    ax.axhline(0, color=GREY, lw=1.2, ls=(0, (2, 3)))
+    return ax
+
+
+def garments_on_photographs() -> plt.Axes:
+    """Chapter 8: garments turned, tinted and laid on pieces of two photographs."""
+    torch.manual_seed(3)
+    garments = datasets.FashionMNIST(DATA, train=True)
+    photos = [
+        torch.from_numpy(load_sample_image(f"{name}.jpg").copy()).permute(2, 0, 1) / 255
+        for name in ("china", "flower")
+    ]
+    photos = [v2.functional.resize(p, [213, 320], antialias=True) for p in photos]
+    change = v2.RandomAffine(degrees=20, translate=(0.1, 0.1), scale=(0.8, 1.1))
+    cut = v2.RandomCrop(32)
+    ax = card()
+    picture = np.zeros((3 * 34, 5 * 34, 4))
+    for tile in range(15):
+        image = garments.data[tile][None] / 255.0
+        mask = change(v2.functional.pad(image, [2]))  # (1, 32, 32)
+        tint = torch.rand(3, 1, 1)
+        ground = cut(photos[tile % 2])
+        mixed = mask * (0.3 + 0.7 * mask) * tint + (1 - mask) * ground
+        row, column = divmod(tile, 5)
+        place = picture[row * 34 + 1 :, column * 34 + 1 :][:32, :32]
+        place[..., :3] = mixed.permute(1, 2, 0).numpy()
+        place[..., 3] = 1
+    ax.imshow(picture, interpolation="nearest")
+    return ax
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     target = IMAGES / "cover.svg"
@@ -299,3 +380,6 @@ if __name__ == "__main__":
     save(augmented_digits(), "03")
     save(overfitting(), "04")
     save(graph_of_module(), "05")
+    save(letters_of_a_line(), "06")
+    save(gradients_by_depth(), "07")
+    save(garments_on_photographs(), "08")
