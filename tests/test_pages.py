@@ -2,6 +2,7 @@
 
 import doctest
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,52 @@ NAMES = {
 }
 
 
-def test_the_examples_print_what_they_say():
+@pytest.fixture(scope="module")
+def examples():
+    """What the examples of the map define, after each has printed what it says."""
     blocks = re.findall(r"^```pycon\n(.*?)^```$", MAP, re.MULTILINE | re.DOTALL)
     source = "\n".join(blocks)
     test = doctest.DocTestParser().get_doctest(source, {}, "large_models", None, None)
-    failed, tried = doctest.DocTestRunner().run(test)
-    assert not failed and tried >= 8
+    failed, tried = doctest.DocTestRunner().run(test, clear_globs=False)
+    assert not failed and tried >= 25
+    return test.globs
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="torchtext has no wheels here")
+def test_the_measures_agree_with_torchtext(examples):
+    from torchtext.data import metrics
+
+    person = examples["person"]
+    close = [*person[:6], "a", *person[7:]]
+    for words in (close, close[:-2], person, ["an", "idle", *person]):
+        expected = metrics.bleu_score([words], [[person]])
+        assert examples["bleu"](words, person) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_edit_distance_is_the_smallest(examples):
+    def slowly(a, b):
+        if not a or not b:
+            return len(a) + len(b)
+        changed = slowly(a[1:], b[1:]) + (a[0] != b[0])
+        return min(changed, slowly(a[1:], b) + 1, slowly(a, b[1:]) + 1)
+
+    for a, b in [
+        ("", "abc"),
+        ("kitten", "sitting"),
+        ("abcd", "badc"),
+        ("same", "same"),
+    ]:
+        assert examples["edit_distance"](a, b) == slowly(a, b)
+
+
+def test_the_rule_of_thumb_fits_the_plain_language_models(examples):
+    rows = re.findall(r"^\| ([^{|]+) \{cite.*?\| 20\d\d \| (.*) \|$", MAP, re.MULTILINE)
+    plain = [cells.split(" | ") for _, cells in rows]
+    plain = [cells for cells in plain if cells[0] in ("encoder", "decoder")]
+    assert len(rows) == 8 and len(plain) == 6
+    for _, layers, width, parameters, _ in plain:
+        rule = examples["billions"](int(layers), int(width.replace(",", "")))
+        assert rule == pytest.approx(float(parameters), rel=0.12)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,5 +86,5 @@ def test_the_table_of_models_agrees_with_torchvision(name):
 
 
 def test_the_table_lists_no_other_model():
-    rows = re.findall(r"^\| ([^|]+) \| 20\d\d \|", MAP, re.MULTILINE)
+    rows = re.findall(r"^\| ([^{|]+) \| 20\d\d \|", MAP, re.MULTILINE)
     assert rows == list(NAMES)
