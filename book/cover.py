@@ -4,6 +4,8 @@
 matplotlib write the same bytes. All are transparent and suit light and dark pages.
 """
 
+import re
+from collections import Counter
 from io import BytesIO
 from pathlib import Path
 
@@ -370,6 +372,110 @@ def garments_on_photographs() -> plt.Axes:
     return ax
 
 
+def review_sentences(number: int) -> list[list[str]]:
+    """The words, in lower case, of the first sentences of the film reviews."""
+    path = DATA / "movieReviewSnippets_GroundTruth.txt"
+    rows = path.read_text(encoding="utf-8").splitlines()[:number]
+    return [re.findall(r"[a-z']+", row.split("\t")[2].lower()) for row in rows]
+
+
+def batches_of_sentences() -> plt.Axes:
+    """Chapter 9: sentences of film reviews in two batches, cut to words and padded."""
+    sentences = sorted(review_sentences(60), key=len)
+    ax = card()
+    y = 0.0
+    for batch, colour in ((sentences[8:15], BLUE), (sentences[36:43], ORANGE)):
+        longest = max(map(len, batch))
+        for words in batch:
+            for x in range(longest):
+                filled = x < len(words)
+                shade = 0.25 + 0.75 * min(len(words[x]), 9) / 9 if filled else 0.0
+                box = FancyBboxPatch(
+                    (x + 0.1, y), 0.8, 0.8, boxstyle="round,pad=0,rounding_size=0.15",
+                    fc=(*to_rgb(colour), shade), ec=colour if filled else GREY,
+                    lw=0 if filled else 0.8,
+                )  # fmt: skip
+                ax.add_patch(box)
+            y -= 1
+        y -= 0.8
+    ax.set(xlim=(-0.2, 22.2), ylim=(y + 1.4, 1.1))
+    return ax
+
+
+def attention_between_words() -> plt.Axes:
+    """Chapter 10: attention weights between the words of a sentence.
+
+    Vectors of the words are the singular vectors of how often words meet in a sentence
+    of the film reviews; the weights are the softmax of their scaled dot products.
+    """
+    sentences = review_sentences(10_605)
+    counts = Counter(word for words in sentences for word in words)
+    index = {word: i for i, (word, _) in enumerate(counts.most_common(2000))}
+    meet = torch.zeros(len(index), len(index))
+    for words in sentences:
+        known = torch.tensor(sorted({index[w] for w in words if w in index}), dtype=int)
+        meet[known.unsqueeze(1), known] += 1
+    total = meet.sum()
+    ratio = meet * total / (meet.sum(0) * meet.sum(1, keepdim=True))
+    u, s, _ = torch.linalg.svd(ratio.clamp(min=1).log())
+    vectors = F.normalize(u[:, :50] * s[:50].sqrt(), dim=1)
+    words = "a romantic comedy with great actors".split()
+    picked = vectors[torch.tensor([index[word] for word in words])]
+    scores = 2.5 * picked @ picked.T
+    weights = scores.fill_diagonal_(-torch.inf).softmax(dim=1)
+    ax = card()
+    for i, row in enumerate(weights):
+        for j, weight in enumerate(row.tolist()):
+            if weight > 0:
+                colour = ORANGE if weight == max(row.tolist()) else BLUE
+                alpha = min(1.0, 0.12 + 1.6 * weight)
+                ax.plot(
+                    [i, j],
+                    [1, 0],
+                    color=colour,
+                    lw=16 * weight,
+                    alpha=alpha,
+                    solid_capstyle="round",
+                )
+    for x, word in enumerate(words):
+        for y in (1.08, -0.08):
+            va = "bottom" if y > 0 else "top"
+            ax.text(x, y, word, ha="center", va=va, fontsize=8.5, color=PURPLE)
+    ax.set(xlim=(-0.5, len(words) - 0.5), ylim=(-0.3, 1.3))
+    return ax
+
+
+def line_and_shuffled() -> plt.Axes:
+    """Chapter 11: a line of Shakespeare, and the same words shuffled."""
+    words = "Shall I compare thee to a summer's day".split()
+    order = np.random.RandomState(4).permutation(len(words)).tolist()
+    widths = np.array([len(word) + 1.6 for word in words])
+    ax = card()
+
+    def row(picked: list[int], y: float, colour: str) -> dict[int, float]:
+        places, x = {}, 0.0
+        for i in picked:
+            places[i] = x + widths[i] / 2
+            box = FancyBboxPatch(
+                (x + 0.25, y - 0.11), widths[i] - 0.5, 0.22, lw=1.6, ec=colour,
+                boxstyle="round,pad=0,rounding_size=0.06", fc=(*to_rgb(colour), 0.15),
+                mutation_aspect=1,
+            )  # fmt: skip
+            ax.add_patch(box)
+            style = {"ha": "center", "va": "center", "family": "monospace"}
+            ax.text(places[i], y, words[i], color=colour, fontsize=7.2, **style)
+            x += widths[i]
+        return places
+
+    above, below = row(list(range(len(words))), 1.0, BLUE), row(order, 0.0, ORANGE)
+    t = np.linspace(0, 1, 40)
+    for i in order:
+        x = above[i] + (below[i] - above[i]) * (3 * t**2 - 2 * t**3)
+        ax.plot(x, 0.87 - 0.74 * t, color=GREY, lw=2, alpha=0.7)
+    ax.set(xlim=(-0.3, widths.sum() + 0.3), ylim=(-0.35, 1.35))
+    return ax
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     target = IMAGES / "cover.svg"
@@ -383,3 +489,6 @@ if __name__ == "__main__":
     save(letters_of_a_line(), "06")
     save(gradients_by_depth(), "07")
     save(garments_on_photographs(), "08")
+    save(batches_of_sentences(), "09")
+    save(attention_between_words(), "10")
+    save(line_and_shuffled(), "11")

@@ -37,6 +37,9 @@ def examples():
 
 @pytest.mark.skipif(sys.version_info >= (3, 13), reason="torchtext has no wheels here")
 def test_the_measures_agree_with_torchtext(examples):
+    import torchtext
+
+    torchtext.disable_torchtext_deprecation_warning()
     from torchtext.data import metrics
 
     person = examples["person"]
