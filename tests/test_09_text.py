@@ -1,0 +1,305 @@
+"""Chapter 9: tokens and vocabulary against torchtext, BPE against tokenizers."""
+
+import html
+import json
+import random
+
+import pytest
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from notebooks import NOTEBOOKS, load_definitions
+
+CHAPTER = load_definitions(
+    NOTEBOOKS / "09_text_to_tensors.ipynb",
+    "BPE",
+    "BYTE_ORDER",
+    "Batch",
+    "BiGRU",
+    "BagOfWords",
+    "DIM",
+    "MARKS",
+    "NUMBER_OF",
+    "PAD",
+    "PIECES",
+    "SPECIALS",
+    "UNK",
+    "Vocab",
+    "bucket_batches",
+    "build_vocab",
+    "collate",
+    "count_pairs",
+    "encode_with_dropout",
+    "longest_first",
+    "masked_mean",
+    "merge_pair",
+    "prints_well",
+    "read_sentences",
+    "reverse",
+    "share_padding",
+    "split",
+    "tf_idf",
+    "to_symbols",
+    "tokenize",
+    "train_bpe",
+)
+FILE = NOTEBOOKS / "data" / "movieReviewSnippets_GroundTruth.txt"
+RAW = FILE.read_text(encoding="utf-8")
+SENTENCES = [html.unescape(line.split("\t")[2]) for line in RAW.splitlines()]
+TORCH = tuple(int(n) for n in torch.__version__.split(".")[:2])
+
+
+def define(name):
+    """A definition of the chapter."""
+    return CHAPTER[name]
+
+
+# Sentences and split
+
+
+def test_sentences_are_labelled_unescaped_and_distinct():
+    text = "1\t0.6\tA &amp; B\n2\t-0.6\tbad\n3\t0.5\tbetween\n4\t-2\tA &amp; B\n"
+    sentences, labels, scores = define("read_sentences")(text)
+    assert (sentences, labels, scores) == (
+        ["A & B", "bad"],
+        [1, 0],
+        [0.6, -0.6, 0.5, -2],
+    )
+    sentences, labels, _ = define("read_sentences")(RAW)
+    assert len(sentences) == len(set(sentences)) == len(labels) > 10_000
+
+
+def test_the_split_is_the_same_on_every_version_of_pytorch():
+    parts = define("split")(10_041, 0)
+    assert [len(part) for part in parts] == [8000, 1000, 1041]
+    assert sorted(sum(parts, [])) == list(range(10_041))
+    assert parts[0][:5] == [1253, 3840, 1793, 6795, 5557]
+
+
+# torchtext
+
+
+@pytest.fixture(scope="module")
+def torchtext():
+    """torchtext, which PyTorch up to 2.3 must have, and later versions cannot."""
+    if TORCH > (2, 3):
+        pytest.skip("torchtext ended with PyTorch 2.3")
+    import torchtext
+
+    torchtext.disable_torchtext_deprecation_warning()
+    import torchtext.data.utils
+    import torchtext.vocab
+
+    return torchtext
+
+
+AWKWARD = [
+    "",
+    "  ",
+    '"',
+    "a;b:c",
+    "x<br />y",
+    '<br "/>',
+    "<br;/>",
+    "Ünï\u00a0cödé'S",
+    "..!?",
+]
+
+
+def test_tokens_agree_with_torchtext(torchtext):
+    theirs = torchtext.data.utils.get_tokenizer("basic_english")
+    assert len(SENTENCES) == 10_605
+    for text in SENTENCES + AWKWARD:
+        assert define("tokenize")(text) == theirs(text)
+
+
+@pytest.mark.parametrize(
+    "specials", [[], ["<unk>"], ["<pad>", "<unk>"], ["the", "<x>"]]
+)
+@pytest.mark.parametrize("min_freq", [1, 2, 10])
+@pytest.mark.parametrize("max_tokens", [None, 5, 1000, 10**6])
+def test_vocabulary_agrees_with_torchtext(torchtext, specials, min_freq, max_tokens):
+    tokens = [define("tokenize")(text) for text in SENTENCES]
+    options = {"specials": specials, "min_freq": min_freq, "max_tokens": max_tokens}
+    ours = define("build_vocab")(tokens, **options)
+    theirs = torchtext.vocab.build_vocab_from_iterator(tokens, **options)
+    assert ours.tokens == theirs.get_itos()
+    assert ours.index == theirs.get_stoi()
+    if "<unk>" in specials:
+        ours.default_index = ours["<unk>"]
+        theirs.set_default_index(theirs["<unk>"])
+        for part in [*tokens, ["never seen"]]:
+            assert ours(part) == theirs(part)
+
+
+def test_vocabulary_errors():
+    build, vocab = define("build_vocab"), define("Vocab")
+    with pytest.raises(KeyError, match="'x' is unknown, and default_index is not set"):
+        vocab(["a"])["x"]
+    with pytest.raises(ValueError, match="no room"):
+        build([["a"]], ["<pad>", "<unk>"], max_tokens=2)
+    with pytest.raises(ValueError, match="twice"):
+        vocab(["a", "a"])
+    assert build([], ["<pad>"]).tokens == ["<pad>"]
+    assert vocab(["a"], default_index=0)(["x", "a"]) == [0, 0]
+
+
+# Byte-pair encoding
+
+
+@pytest.fixture(scope="module")
+def library():
+    """The tokenizers library's BPE, trained on the pieces of all sentences."""
+    tokenizer = Tokenizer(models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = level
+    trainer = trainers.BpeTrainer(
+        vocab_size=3000,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    pieces = (p for text in SENTENCES for p in define("PIECES").findall(text))
+    tokenizer.train_from_iterator(pieces, trainer)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return define("BPE")(define("train_bpe")(SENTENCES, 3000))
+
+
+def test_merges_are_those_of_tokenizers_in_the_same_order(library, bpe):
+    model = json.loads(library.to_str())["model"]
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    theirs = [tuple(model["vocab"][part] for part in pair) for pair in pairs]
+    assert len(theirs) == 3000 - 256
+    assert list(bpe.merges) == theirs
+
+
+def test_encoding_is_that_of_tokenizers(library, bpe):
+    for text in SENTENCES:
+        pieces = define("PIECES").findall(text)
+        encoded = library.encode(pieces, is_pretokenized=True, add_special_tokens=False)
+        assert bpe.encode(text) == encoded.ids
+
+
+def test_merges_agree_with_counting_anew():
+    """On random strings with many ties and overlaps (aaa)."""
+    rng = random.Random(0)
+    for _ in range(30):
+        text = " ".join(
+            "".join(rng.choices("aab", k=rng.randint(1, 9))) for _ in range(9)
+        )
+        merges = define("train_bpe")([text], 280)
+        words = [define("to_symbols")(p) for p in define("PIECES").findall(text)]
+        for pair, new in merges.items():
+            counts = {}
+            for word in words:
+                for q in zip(word, word[1:], strict=False):
+                    counts[q] = counts.get(q, 0) + 1
+            assert pair == min(counts, key=lambda q: (-counts[q], q))
+            words = [define("merge_pair")(word, pair, new) for word in words]
+        assert len(merges) == 24 or all(len(word) == 1 for word in words)
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "\n\n \t x ", "电影", "🎬👨‍👩‍👧", "_a_1²", "a\u0301", "\0"]
+)
+def test_every_text_comes_back(bpe, text):
+    assert bpe.decode(bpe.encode(text)) == text
+
+
+def test_random_texts_come_back(bpe):
+    rng = random.Random(1)
+    valid = [*range(0xD800), *range(0xE000, 0x110000)]
+    for _ in range(300):
+        text = "".join(map(chr, rng.choices(valid, k=40)))
+        assert "".join(define("PIECES").findall(text)) == text
+        assert bpe.decode(bpe.encode(text)) == text
+        dropped = define("encode_with_dropout")(bpe, text, 0.5, rng)
+        assert bpe.decode(dropped) == text
+
+
+def test_bpe_edges(bpe):
+    assert define("train_bpe")([], 300) == {} and define("train_bpe")(["ab"], 256) == {}
+    assert len(define("train_bpe")(["ab"], 10_000)) == 1
+    with pytest.raises(UnicodeEncodeError):
+        bpe.encode("\ud83c")
+    assert sorted(define("BYTE_ORDER")) == list(range(256))
+    assert bpe.decode(define("to_symbols")("电")[:2]) == "\ufffd"
+
+
+# Batches
+
+
+def test_collate_pads_and_names_empty_sentences():
+    batch = define("collate")([(torch.tensor([3]), 1), (torch.tensor([4, 5]), 0)])
+    assert batch.ids.tolist() == [[3, 0], [4, 5]]
+    assert batch.lengths.tolist() == [1, 2] and batch.labels.tolist() == [1, 0]
+    with pytest.raises(ValueError, match="without tokens"):
+        define("collate")([(torch.tensor([], dtype=torch.long), 1)])
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 100])
+@pytest.mark.parametrize("pool", [1, 3])
+def test_buckets_hold_each_sentence_once(n, pool):
+    lengths = torch.randint(1, 30, (n,), generator=torch.Generator().manual_seed(n))
+    generator = torch.Generator().manual_seed(0)
+    batches = define("bucket_batches")(lengths.tolist(), 8, generator, pool)
+    assert sorted(i for b in batches for i in b) == list(range(n))
+    assert all(0 < len(b) <= 8 for b in batches)
+
+
+def test_share_of_padding():
+    assert define("share_padding")([[0, 1]], [1, 3]) == pytest.approx(1 / 3)
+    assert define("share_padding")([[0], [1]], [1, 3]) == 0
+
+
+def test_masked_mean_ignores_padding_and_survives_an_empty_row():
+    x = torch.tensor([[[1.0], [3.0], [99.0]], [[7.0], [7.0], [7.0]]])
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    assert define("masked_mean")(x, mask).tolist() == [[2.0], [0.0]]
+
+
+# Models and features
+
+
+@pytest.mark.parametrize("name", ["BagOfWords", "BiGRU"])
+def test_padding_and_company_do_not_change_the_answer(name):
+    torch.manual_seed(0)
+    model = define(name)(50).eval()
+    rows = [torch.randint(1, 50, (n,)) for n in (1, 9, 4)]
+    together = define("collate")([(row, 0) for row in rows])
+    logits = model(together.ids, together.lengths)
+    for row, expected in zip(rows, logits, strict=True):
+        alone = define("collate")([(row, 0)])
+        torch.testing.assert_close(model(alone.ids, alone.lengths)[0], expected)
+    wider = torch.nn.functional.pad(together.ids, (0, 5))
+    torch.testing.assert_close(model(wider, together.lengths), logits)
+
+
+def test_reverse_turns_only_what_is_real():
+    ids, lengths = torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([3, 2])
+    turned = define("reverse")(ids, lengths)
+    assert turned.tolist() == [[3, 2, 1], [5, 4, 0]]
+    assert define("reverse")(turned, lengths).equal(ids)
+
+
+def test_tf_idf_agrees_with_scikit_learn():
+    texts = SENTENCES[:200]
+    tokens = [define("tokenize")(text) for text in texts]
+    vocab = define("build_vocab")(tokens)
+    reference = TfidfVectorizer(
+        tokenizer=define("tokenize"),
+        token_pattern=None,
+        lowercase=False,
+        vocabulary=vocab.index,
+    )
+    theirs = torch.from_numpy(reference.fit_transform(texts).toarray())
+    torch.testing.assert_close(define("tf_idf")(tokens, vocab), theirs)
+
+
+def test_longest_first_prefers_the_longest():
+    known = {b"a": 0, b"b": 1, b"ab": 2, b"bb": 3}
+    assert define("longest_first")("abb", known) == [2, 1]
