@@ -472,3 +472,29 @@ def test_the_articles_path_is_skipped_aloud(tmp_path, imdb, capsys):
     run_section(space, imdb[0], imdb[1])
     assert capsys.readouterr().out.count("skipped: DATASET is movies") == 2
     assert not imdb[2] and not (tmp_path / "d").exists()
+
+
+# The chapter says that it uses what chapters 9 and 10 derive
+
+
+def test_the_tokeniser_is_chapter_9s():
+    theirs = load_definitions(
+        NOTEBOOKS / "09_text_to_tensors.ipynb", "MARKS", "tokenize"
+    )
+    text = (NOTEBOOKS / "data" / "movieReviewSnippets_GroundTruth.txt").read_text(
+        "utf-8"
+    )
+    for sentence in text.splitlines():
+        assert define("tokenize")(sentence) == theirs["tokenize"](sentence)
+
+
+def test_attention_is_chapter_10s():
+    names = ("MultiHeadAttention", "attention", "split_heads", "join_heads")
+    chapter = load_definitions(NOTEBOOKS / "10_attention.ipynb", *names)
+    theirs = chapter["MultiHeadAttention"](8, 2)
+    ours = define("MultiHeadAttention")(8, 2)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, 5, 8, generator=generator())
+    mask = (torch.arange(5) < torch.tensor([[5], [3], [1]]))[:, None, None]
+    for got, wanted in zip(ours(x, mask), theirs(x, mask), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
