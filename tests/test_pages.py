@@ -1,12 +1,15 @@
 """What the pages in book/ state as facts: examples that run, numbers looked up."""
 
 import doctest
+import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
 from torchvision import models
+
+from notebooks import notebook_paths
 
 BOOK = Path(__file__).resolve().parents[1] / "book"
 MAP = (BOOK / "large_models.md").read_text(encoding="utf-8")
@@ -91,3 +94,17 @@ def test_the_table_of_models_agrees_with_torchvision(name):
 def test_the_table_lists_no_other_model():
     rows = re.findall(r"^\| ([^{|]+) \| 20\d\d \|", MAP, re.MULTILINE)
     assert rows == list(NAMES)
+
+
+def test_sections_that_are_named_exist():
+    pages = {path.name: path.read_text(encoding="utf-8") for path in BOOK.glob("*.md")}
+    there = set()
+    for path in notebook_paths():
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells)
+        there |= set(re.findall(r"^## (\d+\.\d+) ", text, re.MULTILINE))
+        pages[path.name] = text
+    for name, text in pages.items():
+        for list_ in re.findall(r"sections? ((?:\d+\.\d+(?:, | and | to )?)+)", text):
+            missing = set(re.findall(r"\d+\.\d+", list_)) - there
+            assert not missing, f"{name} names sections that do not exist: {missing}"

@@ -97,10 +97,10 @@ def test_the_closing_sections_are_there_in_order(chapter):
     ]
     assert all(len(place) == 1 for place in places), (headings, places)
     assert places == sorted(places)
-    numbered = [
-        h for h in headings if re.match(rf"{int(chapter.path.name[:2])}\.\d", h)
-    ]
-    assert len(numbered) >= 4
+    numbers = [h.split()[0] for h in headings if re.match(r"\d+\.\d+ ", h)]
+    number = int(chapter.path.name[:2])
+    assert numbers == [f"{number}.{i}" for i in range(1, len(numbers) + 1)]
+    assert len(numbers) >= 4
 
 
 def test_each_exercise_has_a_folded_solution_that_checks_itself(chapter):
