@@ -57,6 +57,20 @@ def code_cells(path: Path) -> list[CodeCell]:
     return found
 
 
+def section(path: Path, number: str, until: str) -> list[str]:
+    """The sources of the code cells between two headings of a chapter."""
+    sources, inside = [], False
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown" and f"## {number} " in source:
+            inside = True
+        if cell["cell_type"] == "markdown" and f"## {until} " in source:
+            inside = False
+        if inside and cell["cell_type"] == "code":
+            sources.append(source)
+    return sources
+
+
 def statements(path: Path) -> Iterator[ast.stmt]:
     """The top-level statements of a notebook's code cells, in order."""
     for number, cell in enumerate(code_cells(path)):

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import pickle
 import tarfile
 import threading
@@ -17,7 +16,7 @@ from torch import nn
 from torchvision import datasets
 from torchvision.models import resnet18
 
-from notebooks import NOTEBOOKS, load_definitions
+from notebooks import NOTEBOOKS, load_definitions, section
 
 PATH = NOTEBOOKS / "08_finetune_resnet.ipynb"
 CHAPTER = load_definitions(
@@ -317,20 +316,6 @@ def test_a_mix_has_both_networks_at_its_ends():
 # The article's set-up, with stand-ins in the formats of the originals
 
 
-def section(number: str, until: str) -> list[str]:
-    """The sources of the code cells between two headings of the chapter."""
-    sources, inside = [], False
-    for cell in json.loads(PATH.read_text(encoding="utf-8"))["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown" and f"## {number} " in source:
-            inside = True
-        if cell["cell_type"] == "markdown" and f"## {until} " in source:
-            inside = False
-        if inside and cell["cell_type"] == "code":
-            sources.append(source)
-    return sources
-
-
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
     """Serve a small archive in the layout of CIFAR-10; the list of files asked for."""
@@ -397,7 +382,7 @@ def test_the_articles_path_reads_cifar_and_trains_only_the_head(
     space = load_definitions(PATH, *names, "imagenet")
     space |= {"SEED": 0, "DATASET": "cifar10", "CIFAR_STEPS": 3}
     space |= {"DATA_DIR": str(tmp_path / "data"), "device": torch.device("cpu")}
-    for source in section("8.12", "8.13"):
+    for source in section(PATH, "8.12", "8.13"):
         exec(compile(source, PATH.name, "exec"), space)
     assert set(cifar) == {"/cifar-10-python.tar.gz"}
     assert (len(space["cifar"]), len(space["cifar_test"])) == (100, 20)
@@ -421,7 +406,7 @@ def test_the_articles_path_reads_cifar_and_trains_only_the_head(
 def test_the_articles_path_is_skipped_aloud(tmp_path, cifar, capsys):
     space = load_definitions(PATH, "imagenet")
     space |= {"SEED": 0, "DATASET": "garments", "DATA_DIR": str(tmp_path / "data")}
-    for source in section("8.12", "8.13"):
+    for source in section(PATH, "8.12", "8.13"):
         exec(compile(source, PATH.name, "exec"), space)
     assert capsys.readouterr().out.count("skipped: DATASET is garments") == 2
     assert not cifar and not (tmp_path / "data").exists()

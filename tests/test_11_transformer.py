@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import math
 import re
 import tarfile
@@ -14,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from notebooks import NOTEBOOKS, load_definitions
+from notebooks import NOTEBOOKS, load_definitions, section
 
 PATH = NOTEBOOKS / "11_transformer_classifier.ipynb"
 NAMES = [
@@ -377,20 +376,6 @@ def test_rotation_is_a_product_of_complex_numbers():
 # The article's set-up, with a stand-in in the layout of the original
 
 
-def section(number: str, until: str) -> list[str]:
-    """The sources of the code cells between two headings of the chapter."""
-    sources, inside = [], False
-    for cell in json.loads(PATH.read_text(encoding="utf-8"))["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown" and f"## {number} " in source:
-            inside = True
-        if cell["cell_type"] == "markdown" and f"## {until} " in source:
-            inside = False
-        if inside and cell["cell_type"] == "code":
-            sources.append(source)
-    return sources
-
-
 @pytest.fixture
 def imdb(tmp_path, monkeypatch):
     """Serve a small archive in IMDB's layout: its address, its sum, the files asked."""
@@ -427,7 +412,7 @@ def imdb(tmp_path, monkeypatch):
 
 def run_section(space: dict, server: str, md5: str) -> None:
     """Run the cells of the article's set-up with another address and sum."""
-    for source in section("11.10", "11.11"):
+    for source in section(PATH, "11.10", "11.11"):
         source = re.sub(r"https?://[^\s\"']*/", server, source)
         source = source.replace("7c2ac02c03563afcf9b574c7e56c153a", md5)
         exec(compile(source, PATH.name, "exec"), space)
