@@ -4,9 +4,7 @@ import hashlib
 import io
 import pickle
 import tarfile
-import threading
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -317,7 +315,7 @@ def test_a_mix_has_both_networks_at_its_ends():
 
 
 @pytest.fixture
-def cifar(tmp_path, monkeypatch):
+def cifar(tmp_path, monkeypatch, serve):
     """Serve a small archive in the layout of CIFAR-10; the list of files asked for."""
     rng = np.random.default_rng(0)
     sums, archive = {}, tmp_path / "served" / "cifar-10-python.tar.gz"
@@ -335,32 +333,16 @@ def cifar(tmp_path, monkeypatch):
             info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
             info.size = len(packed)
             tar.addfile(info, io.BytesIO(packed))
-    asked = []
-
-    class Handler(SimpleHTTPRequestHandler):
-        def send_head(self):
-            asked.append(self.path)
-            return super().send_head()
-
-        def log_message(self, *args):
-            pass
-
-    handler = partial(Handler, directory=str(archive.parent))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/{archive.name}"
+    url, asked = serve(archive.parent)
     packed = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(datasets.CIFAR10, "url", url)
+    monkeypatch.setattr(datasets.CIFAR10, "url", url + archive.name)
     monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", packed)
     train = [[name, sums[name]] for name in names[:5]]
     monkeypatch.setattr(datasets.CIFAR10, "train_list", train)
     monkeypatch.setattr(datasets.CIFAR10, "test_list", [[names[5], sums[names[5]]]])
     meta = datasets.CIFAR10.meta | {"md5": sums["batches.meta"]}
     monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
-    yield asked
-    server.shutdown()
-    server.server_close()
+    return asked
 
 
 @pytest.fixture
@@ -384,7 +366,7 @@ def test_the_articles_path_reads_cifar_and_trains_only_the_head(
     space |= {"DATA_DIR": str(tmp_path / "data"), "device": torch.device("cpu")}
     for source in section(PATH, "8.12", "8.13"):
         exec(compile(source, PATH.name, "exec"), space)
-    assert set(cifar) == {"/cifar-10-python.tar.gz"}
+    assert set(cifar) == {"cifar-10-python.tar.gz"}
     assert (len(space["cifar"]), len(space["cifar_test"])) == (100, 20)
     assert "100 and 20 pictures" in capsys.readouterr().out
     image, _ = space["cifar_test"][0]

@@ -12,10 +12,8 @@ import re
 import shutil
 import socket
 import symtable
-import threading
 from functools import partial
 from hashlib import md5, sha256
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import matplotlib
@@ -337,37 +335,17 @@ def originals(tmp_path_factory):
     return folder
 
 
-class Handler(SimpleHTTPRequestHandler):
-    """Serves a folder and remembers in server.asked which files were asked for."""
-
-    def send_head(self):
-        self.server.asked.append(Path(self.path).name)
-        return super().send_head()
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
-def serve(monkeypatch, refused):
+def serve(serve, monkeypatch, refused):
     """Serve a folder, torchvision's data included: `url, asked = serve(folder)`."""
-    servers = []
 
     def start(folder):
-        handler = partial(Handler, directory=str(folder))
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        server.asked = []
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/"
+        url, asked = serve(folder)
         for kind in IDX:
             monkeypatch.setattr(kind, "mirrors", [f"{url}{kind.__name__}/"])
-        return url, server.asked
+        return url, asked
 
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    return start
 
 
 @pytest.fixture
