@@ -1,38 +1,43 @@
 # The two commands: `make book` and `make test`. README.md has the same without make.
+# A chapter's number narrows the others down: make test chapter=04.
 PYTHON ?= python3
 BIN := .venv/bin
-CURRENT := .venv-current/bin
+TORCHTEXT := .venv-torchtext/bin
 
-.PHONY: book test refresh serve status seeds current
+.PHONY: book test torchtext refresh seeds status serve
 
-book: .venv/installed
+book: .venv/book
 	$(BIN)/jupyter-book build . --all -W -n --keep-going
 	@echo "Open _build/html/index.html in a browser, or run: make serve"
 
 test: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest $(if $(chapter),--chapter=$(chapter))
 
-refresh: .venv/installed  ## make refresh, or make refresh chapter=04
+torchtext: .venv-torchtext/installed  ## chapters 1 to 11 on the last PyTorch with torchtext
+	$(TORCHTEXT)/pytest $(if $(chapter),--chapter=$(chapter))
+
+refresh: .venv/installed
 	$(BIN)/python tools/chapters.py refresh $(chapter)
 
-serve: book
-	$(BIN)/python -m http.server 8000 --bind 127.0.0.1 --directory _build/html
+seeds: .venv/installed
+	$(BIN)/python tools/seeds.py $(chapter)
 
 status: .venv/installed
 	$(BIN)/python tools/chapters.py status
 
-seeds: .venv/installed  ## make seeds, or make seeds chapter=04
-	$(BIN)/python tools/seeds.py $(chapter)
+serve: book
+	$(BIN)/python -m http.server 8000 --bind 127.0.0.1 --directory _build/html
 
-current: .venv-current/installed
-	$(CURRENT)/pytest notebooks
-
-.venv/installed: requirements.txt constraints.txt
+.venv/book: requirements-book.txt constraints.txt
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -r requirements-book.txt
+	@touch $@
+
+.venv/installed: .venv/book requirements.txt
 	$(BIN)/python -m pip install -r requirements.txt
 	@touch $@
 
-.venv-current/installed: requirements-current.txt constraints.txt
-	$(PYTHON) -m venv .venv-current
-	$(CURRENT)/python -m pip install -r requirements-current.txt
+.venv-torchtext/installed: requirements-torchtext.txt constraints.txt
+	$(PYTHON) -m venv .venv-torchtext
+	$(TORCHTEXT)/python -m pip install -r requirements-torchtext.txt
 	@touch $@

@@ -1,4 +1,4 @@
-"""Compare the outputs of a new run with the stored ones, numbers within a tolerance.
+"""Run the notebooks: in parallel, and compared with what they have stored.
 
 nbval executes every notebook and compares text exactly. This file adds three rules:
 
@@ -8,16 +8,31 @@ nbval executes every notebook and compares text exactly. This file adds three ru
 - a cell that was stored without having been executed fails;
 - a cell must show as many pictures as are stored, even where its text is not compared.
 
-CONTRIBUTING.md describes the tags; tests/test_comparison.py shows each rule going red.
+Files are shared out to one worker for each core (pytest-xdist), the longest first, and
+each computes with one thread: two programs whose threads wait for each other on the
+same cores are many times slower than one after the other.
+
+CONTRIBUTING.md describes tags and options; tests/test_comparison.py shows each rule
+going red.
 """
 
+import json
 import os
 import re
+from importlib import metadata
+from pathlib import Path
+from queue import Empty
+from time import monotonic
 
-from nbval import plugin
+import pytest
+from nbval import kernel, plugin
+from packaging.version import Version
 
 os.environ["TQDM_DISABLE"] = "1"  # progress bars are for people
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+ROOT = Path(__file__).parent
+STATUS = ROOT / "book" / "status.json"
 NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?!\w)")
 TOLERANCE = re.compile(r"(atol|rtol|itol)=(\S+)")
 
@@ -82,12 +97,35 @@ class BookCell(plugin.IPyNbCell):
                 f"outside {left.tolerance}: {', '.join(moved)}"
             )
 
+    def raise_cell_error(self, message, *args, **kwargs):
+        if message.startswith("Timeout of"):
+            limit = self.config.option.nbval_cell_timeout
+            message = f"the cell hit its limit of {limit:g} s"
+        super().raise_cell_error(message, *args, **kwargs)
+
+    def setup(self):
+        super().setup()
+        self.output_timeout = 60  # seconds that a busy machine may hold a message back
+
     def runtest(self):
         if self.cell.execution_count is None:
             self.raise_cell_error(
                 "stored without having been executed: run `make refresh`"
             )
-        super().runtest()
+        self.run_and_compare()
+        if self.config.option.twice:
+            try:
+                self.run_and_compare()
+            except plugin.NbCellError as error:
+                self.raise_cell_error(
+                    f"run a second time: {error}", error.inner_traceback
+                )
+
+    def run_and_compare(self):
+        try:
+            super().runtest()
+        except KernelDiedError:
+            self.raise_cell_error("the kernel died")
         stored, new = pictures(self.cell.outputs), pictures(self.test_outputs)
         if stored != new:
             self.raise_cell_error(
@@ -95,7 +133,82 @@ class BookCell(plugin.IPyNbCell):
             )
 
 
+class KernelDiedError(Exception):
+    """The process that runs a notebook's cells is gone."""
+
+
+class Kernel(kernel.RunningKernel):
+    """A kernel whose death is noticed while a message is waited for."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if method := os.environ.get("BOOK_START_METHOD"):
+            code = f"import multiprocessing as m; m.set_start_method({method!r})"
+            self.await_reply(self.execute_cell_input(f"{code}; del m"), timeout=60)
+
+    def get_message(self, stream, timeout=None):
+        end = monotonic() + (timeout or 0)
+        while True:
+            try:
+                return super().get_message(stream, timeout=1)
+            except Empty:
+                if not self.is_alive():
+                    raise KernelDiedError from None
+                if timeout is not None and monotonic() > end:
+                    raise
+
+
+plugin.RunningKernel = Kernel
+
+
+def pytest_addoption(parser):
+    parser.addoption("--chapter", metavar="NN", help="only what belongs to a chapter")
+    parser.addoption(
+        "--twice",
+        action="store_true",
+        help="run each cell twice in a row",
+    )
+
+
+def too_new(path: Path) -> str:
+    """The PyTorch that a notebook's metadata ask for, if the installed one is older."""
+    if path.suffix != ".ipynb":
+        return ""
+    needed = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("torch", "0")
+    return needed if Version(metadata.version("torch")) < Version(needed) else ""
+
+
+def pytest_report_header():
+    """Say which notebooks this environment cannot run."""
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        if needed := too_new(path):
+            yield f"left out: {path.stem} needs torch {needed}"
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Pass over notebooks for another PyTorch, and files of other chapters."""
+    if too_new(collection_path):
+        return True
+    return None
+
+
 def pytest_itemcollected(item):
     """Called by pytest for each test; nbval has no setting for its class of cells."""
     if type(item) is plugin.IPyNbCell:
         item.__class__ = BookCell
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keep what belongs to the chapter asked for; put the longest notebooks first."""
+    if chapter := config.option.chapter:
+        known = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+        found = [path.stem for path in known if path.stem.startswith(f"{chapter}_")]
+        if not found:
+            there = ", ".join(path.stem for path in known)
+            raise pytest.UsageError(f"no chapter {chapter!r}. There are: {there}.")
+        kept = [item for item in items if f"{chapter}_" in item.nodeid]
+        config.hook.pytest_deselected(items=[i for i in items if i not in set(kept)])
+        items[:] = kept
+    rows = json.loads(STATUS.read_text(encoding="utf-8"))
+    seconds = {f"{name}.ipynb": row["seconds"] for name, row in rows.items()}
+    items.sort(key=lambda item: -seconds.get(item.path.name, 0))  # stable

@@ -64,15 +64,20 @@ class Recorder(ast.NodeTransformer):
         return ast.parse(code).body
 
 
-def run(path: Path, seed: int, threads: int) -> tuple[list, dict, str]:
-    """Run a chapter with one seed: claims recorded, their sources, an error or ''."""
+def run(
+    path: Path, seed: int, threads: int, parameters: str = ""
+) -> tuple[list, dict, str]:
+    """Run a chapter with one seed: claims recorded, their sources, an error or ''.
+
+    The parameters are Python source that is put behind the chapter's first cell.
+    """
     notebook = nbformat.read(path, as_version=4)
     sources = {}
     for i, cell in enumerate(notebook.cells):
         if cell.cell_type != "code":
             continue
         if "parameters" in cell.metadata.get("tags", []):
-            cell.source += f"\nSEED = {seed}"
+            cell.source += f"\nSEED = {seed}\n{parameters}"
         tree = ast.parse(cell.source)
         for node in ast.walk(tree):
             if isinstance(node, ast.Assert):

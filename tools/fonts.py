@@ -1,10 +1,10 @@
 """Cut the site's fonts down to the characters a book needs. The results are committed.
 
 Needs `fonttools` and `brotli`, and the originals, all under the SIL Open Font License:
-`python book/fonts.py FOLDER` looks below FOLDER for the woff2 files of the npm packages
+`python tools/fonts.py FOLDER` looks below FOLDER for the woff2 files of the packages
 `@fontsource/source-serif-4`, `source-sans-3`, `source-code-pro` and `stix-two-math`
 (`npm pack` downloads them, `tar xzf` unpacks them). The licence reserves the name
-"Source", so the cut fonts carry names of our own; see `_static/fonts/LICENSE.txt`.
+"Source", so the cut fonts carry names of our own; see `book/_static/fonts/LICENSE.txt`.
 """
 
 import sys
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fontTools import subset, ttLib
 
-OUT = Path(__file__).parent / "_static" / "fonts"
+OUT = Path(__file__).parents[1] / "book" / "_static" / "fonts"
 
 ASCII = range(0x20, 0x7F)
 LATIN_1 = range(0xA0, 0x100)

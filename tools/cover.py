@@ -1,6 +1,6 @@
 """Draw the cover and the small pictures of the welcome page, from real runs.
 
-`python book/cover.py` writes them to book/images/; the same versions of torch and
+`python tools/cover.py` writes them to book/images/; the same versions of torch and
 matplotlib write the same bytes. All are transparent and suit light and dark pages.
 """
 
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torchvision import datasets
 from torchvision.transforms import v2
 
-IMAGES = Path(__file__).parent / "images"
+IMAGES = Path(__file__).parents[1] / "book" / "images"
 DATA = IMAGES.parent.parent / "notebooks" / "data"
 GREY, ORANGE, BLUE, PURPLE = "#757c84", "#e0563a", "#2a8bb8", "#8a6fc4"
 START = (-1.0, 0.6)  # of every walk over the surface
