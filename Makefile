@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TORCHTEXT := .venv-torchtext/bin
+options := $(if $(chapter),--chapter=$(chapter))
 
 .PHONY: book test torchtext refresh seeds status serve
 
@@ -11,10 +12,11 @@ book: .venv/book
 	@echo "Open _build/html/index.html in a browser, or run: make serve"
 
 test: .venv/installed
-	$(BIN)/pytest $(if $(chapter),--chapter=$(chapter))
+	$(BIN)/pytest $(options)
 
-torchtext: .venv-torchtext/installed  ## chapters 1 to 11 on the last PyTorch with torchtext
-	$(TORCHTEXT)/pytest $(if $(chapter),--chapter=$(chapter))
+# Chapters 1 to 11 on the last PyTorch with torchtext, each cell twice in a row
+torchtext: .venv-torchtext/installed
+	$(TORCHTEXT)/pytest --twice $(options) notebooks tests/test_[01]*.py tests/test_pages.py
 
 refresh: .venv/installed
 	$(BIN)/python tools/chapters.py refresh $(chapter)
@@ -23,7 +25,7 @@ seeds: .venv/installed
 	$(BIN)/python tools/seeds.py $(chapter)
 
 status: .venv/installed
-	$(BIN)/python tools/chapters.py status
+	$(BIN)/python tools/chapters.py status $(chapter)
 
 serve: book
 	$(BIN)/python -m http.server 8000 --bind 127.0.0.1 --directory _build/html

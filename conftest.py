@@ -20,6 +20,7 @@ import json
 import os
 import re
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty
 from time import monotonic
@@ -33,6 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parent
 STATUS = ROOT / "book" / "status.json"
+TORCHTEXT = find_spec("torchtext") is not None
 NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?!\w)")
 TOLERANCE = re.compile(r"(atol|rtol|itol)=(\S+)")
 
@@ -138,13 +140,19 @@ class KernelDiedError(Exception):
 
 
 class Kernel(kernel.RunningKernel):
-    """A kernel whose death is noticed while a message is waited for."""
+    """A kernel with time to answer, whose death is noticed within seconds."""
+
+    patience = 60  # seconds for an answer of a kernel that starts
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.patience = 0
         if method := os.environ.get("BOOK_START_METHOD"):
             code = f"import multiprocessing as m; m.set_start_method({method!r})"
             self.await_reply(self.execute_cell_input(f"{code}; del m"), timeout=60)
+
+    def await_reply(self, msg_id, timeout=None):
+        super().await_reply(msg_id, timeout and max(timeout, self.patience))
 
     def get_message(self, stream, timeout=None):
         end = monotonic() + (timeout or 0)
@@ -179,17 +187,17 @@ def too_new(path: Path) -> str:
 
 
 def pytest_report_header():
-    """Say which notebooks this environment cannot run."""
+    """Say what this environment cannot run."""
+    if not TORCHTEXT:
+        yield "left out: comparisons with torchtext (make torchtext runs them)"
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         if needed := too_new(path):
             yield f"left out: {path.stem} needs torch {needed}"
 
 
-def pytest_ignore_collect(collection_path, config):
-    """Pass over notebooks for another PyTorch, and files of other chapters."""
-    if too_new(collection_path):
-        return True
-    return None
+def pytest_ignore_collect(collection_path):
+    """Pass over notebooks that need a newer PyTorch."""
+    return True if too_new(collection_path) else None
 
 
 def pytest_itemcollected(item):
@@ -199,16 +207,19 @@ def pytest_itemcollected(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keep what belongs to the chapter asked for; put the longest notebooks first."""
+    """Keep what can run and was asked for; put the longest notebooks first."""
+    kept = list(items)
+    if not TORCHTEXT:
+        kept = [i for i in kept if "torchtext" not in getattr(i, "fixturenames", ())]
     if chapter := config.option.chapter:
         known = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
-        found = [path.stem for path in known if path.stem.startswith(f"{chapter}_")]
-        if not found:
+        if not any(path.stem.startswith(f"{chapter}_") for path in known):
             there = ", ".join(path.stem for path in known)
             raise pytest.UsageError(f"no chapter {chapter!r}. There are: {there}.")
-        kept = [item for item in items if f"{chapter}_" in item.nodeid]
-        config.hook.pytest_deselected(items=[i for i in items if i not in set(kept)])
-        items[:] = kept
-    rows = json.loads(STATUS.read_text(encoding="utf-8"))
+        kept = [item for item in kept if f"{chapter}_" in item.nodeid]
+    rows = json.loads(STATUS.read_text(encoding="utf-8")) if STATUS.exists() else {}
     seconds = {f"{name}.ipynb": row["seconds"] for name, row in rows.items()}
-    items.sort(key=lambda item: -seconds.get(item.path.name, 0))  # stable
+    kept.sort(key=lambda item: -seconds.get(item.path.name, 0))  # stable
+    dropped = set(items) - set(kept)
+    config.hook.pytest_deselected(items=[i for i in items if i in dropped])
+    items[:] = kept

@@ -1,4 +1,4 @@
-"""A server on this machine that stands in for the originals' addresses."""
+"""What several test files use: a server on this machine, and torchtext."""
 
 import threading
 from functools import partial
@@ -37,3 +37,16 @@ def serve(monkeypatch):
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture(scope="session")
+def torchtext():
+    """torchtext; where it is not installed, the tests that use it are left out."""
+    import torchtext
+
+    torchtext.disable_torchtext_deprecation_warning()
+    import torchtext.data.metrics
+    import torchtext.data.utils
+    import torchtext.vocab
+
+    return torchtext

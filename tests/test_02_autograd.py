@@ -1,6 +1,8 @@
 """Chapter 2: the scalar engine, the optimisers and the graph walk against PyTorch."""
 
 import ast
+import contextlib
+import io
 import math
 import random
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from notebooks import NOTEBOOKS, load_definitions, statements
+from notebooks import NOTEBOOKS, code_cells, load_definitions, section, statements
 
 PATH = NOTEBOOKS / "02_autograd.ipynb"
 ENGINE = ("topological_order", "Node", "Arithmetic", "Value")
@@ -18,6 +20,7 @@ CHAPTER = load_definitions(
     "random_expression",
     "value_mlp",
     "value_loss",
+    "as_values",
     "GradientDescent",
     "Momentum",
     "Adam",
@@ -318,3 +321,52 @@ def test_hessian_vector_product():
     x, v = torch.randn(2, 6, dtype=torch.float64)
     product = CHAPTER["hvp"](lambda x: x @ matrix @ x, x, v)
     torch.testing.assert_close(product, (matrix + matrix.T) @ v)
+
+
+def run_twice(sources: list[str], namespace: dict) -> None:
+    """Run each cell twice in a row: both times it prints the same."""
+    for source in sources:
+        texts = []
+        for _ in range(2):
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(source, namespace)
+            texts.append(printed.getvalue())
+        assert texts[0] == texts[1], source
+
+
+def set_up() -> dict:
+    """A namespace in which the chapter's parameters and its set-up have been run."""
+    namespace: dict = {"__name__": PATH.stem}
+    run_twice([cell.source for cell in code_cells(PATH)[:2]], namespace)
+    return namespace
+
+
+@pytest.mark.parametrize(("number", "until"), [("2.5", "2.6"), ("2.9", "2.10")])
+def test_cells_may_be_run_twice(number, until):
+    """The graph was freed by the first run; the value had been changed by it."""
+    run_twice(section(PATH, number, until), set_up())
+
+
+def test_training_twice_starts_from_the_same_network():
+    namespace = set_up() | CHAPTER | {"ENGINE_STEPS": 3}
+    runs = []
+    for source in section(PATH, "2.12", "2.13"):
+        if "untrained =" in source or "our_losses, torch_losses" in source:
+            for _ in range(2):
+                exec(source, namespace)
+                runs.append(namespace.get("our_losses"))
+    assert len(runs) == 4 and runs[2] == runs[3] and len(set(runs[3])) == 3
+
+
+def test_the_values_of_a_network_are_its_parameters():
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    hidden, output = CHAPTER["as_values"](net)
+    point = [0.3, -0.7]
+    ours = CHAPTER["value_mlp"](point, hidden, output).data
+    assert ours == pytest.approx(net(torch.tensor(point).double()).item())
+
+
+@pytest.mark.parametrize("number", [-1.0, 0.0, math.nan])
+def test_a_root_of_no_positive_number_is_refused(number):
+    with pytest.raises(ValueError, match="positive number is wanted"):
+        CHAPTER["newton_sqrt"](torch.tensor(number))

@@ -1,5 +1,15 @@
 """The definitions of chapter 3 against references: torch, NumPy, scikit-learn."""
 
+import contextlib
+import io
+import os
+import shutil
+import subprocess
+import symtable
+import sys
+import tempfile
+
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -12,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from notebooks import NOTEBOOKS, load_definitions
+from notebooks import NOTEBOOKS, code_cells, load_definitions, section
 
 PATH = NOTEBOOKS / "03_data_and_dataloader.ipynb"
 
@@ -71,9 +81,27 @@ def test_folder_dataset_applies_the_transform_and_refuses_an_empty_folder(
     with pytest.raises(FileNotFoundError, match="no PNG"):
         chapter["FolderDataset"](tmp_path)
     (tmp_path / "0").mkdir()
+    with pytest.raises(FileNotFoundError, match="no PNG files in .*0"):
+        chapter["FolderDataset"](tmp_path)
     Image.new("L", (4, 4), 255).save(tmp_path / "0" / "white.png")
     white = chapter["FolderDataset"](tmp_path, transform=v2.PILToTensor())[0][0]
     assert white.shape == (1, 4, 4) and white.min() == 255
+
+
+def test_files_that_other_programs_leave_are_no_classes_and_no_pictures(
+    chapter, tmp_path
+):
+    for place in (".ipynb_checkpoints/0.png", "ant/1.png", "bee/2.png", "ant/._1.png"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        Image.new("L", (4, 4)).save(tmp_path / place)
+    for place in (".DS_Store", "ant/.DS_Store", "bee/Thumbs.db"):
+        (tmp_path / place).write_bytes(b"\0")
+    found = chapter["FolderDataset"](tmp_path)
+    assert found.classes == ["ant", "bee"]
+    assert [(path.name, label) for path, label in found.samples] == [
+        ("1.png", 0),
+        ("2.png", 1),
+    ]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -187,3 +215,171 @@ def test_same_label_nearby_is_the_share_of_agreeing_neighbours(chapter):
     expected = (labels[nearest] == labels).double().mean().item()
     ours = chapter["same_label_nearby"](points, labels)
     assert ours == pytest.approx(expected)
+
+
+# What readers may pass by mistake, and what they may change
+
+
+@pytest.mark.parametrize("name", ["stratified_split", "group_split"])
+def test_splits_refuse_a_share_beyond_one_and_nan(chapter, name):
+    split = chapter[name]
+    for fraction in (-0.1, 20, float("nan")):
+        with pytest.raises(ValueError, match=f"fraction is {fraction}"):
+            split(torch.arange(9) % 3, fraction, generator())
+    with pytest.raises(ValueError, match="nan"):
+        split(torch.tensor([0.0, 1.0, float("nan")]), 0.5, generator())
+
+
+def test_distances_to_nan_are_refused(chapter):
+    points, labels = torch.randn(4, 2), torch.arange(4)
+    spoilt = points.clone()
+    spoilt[1, 0] = float("nan")
+    for known, new in ((spoilt, points), (points, spoilt)):
+        with pytest.raises(ValueError, match="nan"):
+            chapter["nearest_label"](known, labels, new)
+    with pytest.raises(ValueError, match="nan"):
+        chapter["same_label_nearby"](spoilt, labels)
+
+
+def test_sizes_that_do_not_fit_are_named(chapter):
+    grey_and_colour = [torch.rand(2, 1, 4, 4), torch.rand(2, 3, 4, 4)]
+    with pytest.raises(ValueError, match="3 channels after batches of 1"):
+        chapter["streaming_mean_std"](grey_and_colour)
+    with pytest.raises(ValueError, match="12 components of 10 x 30"):
+        chapter["pca"](torch.randn(10, 30), 12)
+    with pytest.raises(ValueError, match="3 images, 4 labels"):
+        chapter["Pictures"](torch.rand(3, 1, 4, 4), torch.arange(4))
+
+
+def test_samples_are_copies(chapter):
+    images, labels = torch.rand(3, 1, 4, 4), torch.tensor([2, 0, 1])
+    pictures = chapter["Pictures"](images, labels)
+    points = chapter["DigitPoints"](images[:, 0], labels, threshold=0)
+    before = images.clone()
+    for sample, label in (pictures[1], points[1]):
+        sample.mul_(2)
+        label.add_(5)
+    assert torch.equal(images, before) and labels.tolist() == [2, 0, 1]
+
+
+# Cells
+
+
+def run_twice(source: str, namespace: dict) -> str:
+    """Run a cell twice in a row: both times it prints the same. What it prints."""
+    texts = []
+    for _ in range(2):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(source, namespace)
+        texts.append(printed.getvalue())
+    assert texts[0] == texts[1], source
+    return texts[0]
+
+
+def set_up() -> dict:
+    """A namespace in which the chapter's parameters and its set-up have been run."""
+    namespace: dict = {"__name__": PATH.stem}
+    for cell in code_cells(PATH)[:3]:
+        run_twice(cell.source, namespace)
+    return namespace | load_definitions(PATH, "SEED", "check_data", "seeded")
+
+
+def test_loaders_and_photographs_may_be_made_twice():
+    """The sampler went on drawing; the folder was there already."""
+    namespace = set_up()
+    namespace["labels"] = torch.arange(4000) % 10
+    namespace["counts"] = namespace["labels"].bincount()
+    for source in section(PATH, "3.10", "3.11"):
+        if "plt." not in source:
+            run_twice(source, namespace)
+    namespace["photos"] = 2 * [torch.zeros(416, 640, 3, dtype=torch.uint8)]
+    with tempfile.TemporaryDirectory() as folder:
+        namespace["workspace"] = type("Workspace", (), {"name": folder})
+        cells = [s for s in section(PATH, "3.11", "3.12") if "photo_root =" in s]
+        assert "32 photographs" in run_twice(cells[0], namespace)
+
+
+@pytest.fixture
+def read_digits(tmp_path, monkeypatch):
+    """Read MNIST below ~/bookdata, as the chapter does; the folder of its files."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    raw = tmp_path / "bookdata" / "MNIST" / "raw"
+    shutil.copytree(NOTEBOOKS / "data" / "MNIST" / "raw", raw)
+    cells = [cell.source for cell in code_cells(PATH)]
+    first = next(i for i, cell in enumerate(cells) if "datasets.MNIST(" in cell)
+
+    def read(**parameters) -> dict:
+        namespace = set_up() | {"DATA_DIR": "~/bookdata"} | parameters
+        for source in cells[first : first + 2]:
+            run_twice(source, namespace)
+        return namespace
+
+    return read, raw
+
+
+def test_digits_are_read_from_a_folder_of_the_readers_own(read_digits):
+    read, raw = read_digits
+    (raw / ".DS_Store").write_bytes(b"\0")
+    assert read()["pixels"].shape == (4000, 1, 28, 28)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 10, 16, 1000])
+def test_digits_that_were_cut_off_are_named_with_the_remedy(read_digits, kept):
+    read, raw = read_digits
+    file = raw / "t10k-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(RuntimeError, match="MNIST/raw is not whole.*Delete this"):
+        read()
+
+
+def test_more_images_than_there_are_is_an_error_that_names_both(read_digits):
+    read, _ = read_digits
+    with pytest.raises(ValueError, match="4000 training and 1000 test.*N_TRAIN"):
+        read(N_TRAIN=60_000)
+
+
+def needed(cells: list, wanted: range) -> list:
+    """The cells at some positions, and the earlier ones whose names they use."""
+    kept, names = [], set()
+    for position in reversed(range(wanted.stop)):
+        table = symtable.symtable(cells[position].source, "cell", "exec")
+        bound = {s.get_name() for s in table.get_symbols() if s.is_assigned()}
+        bound |= {s.get_name() for s in table.get_symbols() if s.is_imported()}
+        if position in wanted or bound & names:
+            kept.insert(0, cells[position])
+            names = (names - bound) | used(table)
+    return kept
+
+
+def used(table: symtable.SymbolTable) -> set[str]:
+    """The global names that a cell, or a function in it, uses."""
+    top = table.get_type() == "module"
+    found = [s for s in table.get_symbols() if s.is_referenced()]
+    names = {s.get_name() for s in found if top or s.is_global()}
+    return names.union(*map(used, table.get_children()))
+
+
+def test_workers_that_start_afresh_give_the_stored_outputs(tmp_path):
+    """Windows, macOS and newer Pythons start workers so; nbval runs the rest forked."""
+    notebook = nbformat.read(PATH, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    sources = [cell.source for cell in code]
+    about = section(PATH, "3.8", "3.9")
+    first = sources.index(about[0])
+    notebook.cells = needed(code, range(first, first + len(about)))
+    own = nbformat.v4.new_code_cell(f"DATA_DIR = {str(NOTEBOOKS / 'data')!r}")
+    own.execution_count = 1
+    notebook.cells.insert(1, own)
+    nbformat.write(notebook, tmp_path / "workers.ipynb")
+    shutil.copy(NOTEBOOKS.parent / "conftest.py", tmp_path)
+    options = ["--nbval", "--nbval-current-env", "-n0", "-q", "--rootdir=."]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "-c", os.devnull, "workers.ipynb"],
+        cwd=tmp_path,
+        env=os.environ | {"BOOK_START_METHOD": "spawn"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{len(notebook.cells)} passed" in result.stdout

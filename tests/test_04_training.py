@@ -1,16 +1,21 @@
 """Chapter 4: metrics against scikit-learn, loop, augmentation, checkpoints."""
 
+import contextlib
+import io
 import math
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from sklearn import metrics
 from torch import nn
 
-from notebooks import NOTEBOOKS, load_definitions
+from notebooks import NOTEBOOKS, code_cells, load_definitions, section
 
+PATH = NOTEBOOKS / "04_training_and_evaluation.ipynb"
 CHAPTER = load_definitions(
-    NOTEBOOKS / "04_training_and_evaluation.ipynb",
+    PATH,
     "Batches",
     "EarlyStopping",
     "augment",
@@ -18,6 +23,7 @@ CHAPTER = load_definitions(
     "confusion_matrix",
     "evaluate",
     "fit",
+    "generators",
     "load_checkpoint",
     "make_mlp",
     "precision_recall_f1",
@@ -212,8 +218,10 @@ def test_the_schedule_warms_up_peaks_and_ends_at_zero(steps):
     assert math.isclose(max(rates), 0.5) and min(rates) > 0
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
-    if steps > 1:
-        assert scheduler.get_last_lr()[0] < 1e-9
+    for _ in range(2 * steps):  # and beyond the end it stays there
+        assert scheduler.get_last_lr()[0] == 0
+        optimizer.step()
+        scheduler.step()
 
 
 # Augmentation
@@ -327,3 +335,126 @@ def test_a_file_of_another_optimiser_is_refused_and_touches_nothing(tmp_path):
         define("load_checkpoint")(tmp_path / "run.pt", model, sgd, scheduler, loader)
     assert nn.utils.parameters_to_vector(model.parameters()).equal(before)
     assert not sgd.state
+
+
+def test_every_kind_of_device_has_its_random_state_saved(tmp_path, monkeypatch):
+    """`torch.meta` stands in for `torch.cuda`, `torch.mps` and the like."""
+    states = [torch.ByteTensor([1]), torch.ByteTensor([2])]
+    restored = []
+    device = SimpleNamespace(get_rng_state=states.pop, set_rng_state=restored.append)
+    monkeypatch.setattr(torch, "meta", device, raising=False)
+    assert define("generators")(nn.Linear(1, 1)) == {"cpu": torch}
+    run = a_run(0)
+    run[0].to("meta")
+    define("save_checkpoint")(tmp_path / "run.pt", 1, *run)
+    saved = define("read_checkpoint")(tmp_path / "run.pt")["random"]
+    assert saved["meta"].tolist() == [2] and saved["cpu"].equal(torch.get_rng_state())
+    define("load_checkpoint")(tmp_path / "run.pt", *run)
+    assert [state.tolist() for state in restored] == [[2]]
+
+
+def test_a_run_may_move_to_another_kind_of_device(tmp_path):
+    path = tmp_path / "run.pt"
+    define("save_checkpoint")(path, 1, *a_run(0))
+    saved = define("read_checkpoint")(path)
+    saved["random"]["xpu"] = torch.ByteTensor([1])
+    torch.save(saved, path)
+    assert define("load_checkpoint")(path, *a_run(1)) == 1
+
+
+# What readers may pass by mistake
+
+
+def test_nan_is_refused():
+    scores = torch.tensor([0.1, math.nan, 0.3])
+    with pytest.raises(ValueError, match="nan"):
+        define("roc_auc")(torch.tensor([0, 1, 1]), scores)
+    with pytest.raises(ValueError, match="nan"):
+        define("calibration")(scores[:, None].expand(3, 2), torch.zeros(3).long())
+
+
+def test_roc_auc_takes_minus_one_for_negatives_as_scikit_learn_does():
+    labels, scores = torch.tensor([-1, 1, -1, 1]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    expected = metrics.roc_auc_score(labels, scores)
+    assert define("roc_auc")(labels, scores) == expected == 0.75
+
+
+def test_sizes_that_do_not_fit_are_named():
+    for labels, guesses in (([0, 3], [0, 1]), ([0, 1], [0, 3]), ([0, 1], [0, -1])):
+        with pytest.raises(ValueError, match="classes -?[0-3] to .* within 0 to 2"):
+            define("confusion_matrix")(torch.tensor(labels), torch.tensor(guesses), 3)
+    with pytest.raises(ValueError, match="12 right of 10"):
+        define("wilson_interval")(12, 10)
+    with pytest.raises(ValueError, match="7 folds of 5 samples"):
+        define("stratified_folds")(torch.zeros(5).long(), 7)
+    with pytest.raises(ValueError, match="k = 6 of 5 classes"):
+        define("top_k_accuracy")(torch.randn(3, 5), torch.zeros(3).long(), 6)
+    with pytest.raises(ValueError, match="3 images, 4 labels"):
+        define("Batches")(torch.zeros(3, 1, 28, 28), torch.zeros(4))
+
+
+# Cells
+
+
+def run_twice(sources: list[str], namespace: dict) -> None:
+    """Run each cell twice in a row: both times it prints the same."""
+    for source in sources:
+        texts = []
+        for _ in range(2):
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(source, namespace)
+            texts.append(printed.getvalue())
+        assert texts[0] == texts[1], source
+
+
+def set_up() -> dict:
+    """A namespace in which the chapter's parameters and its set-up have been run."""
+    namespace: dict = {"__name__": PATH.stem}
+    run_twice([cell.source for cell in code_cells(PATH)[:2]], namespace)
+    return namespace | load_definitions(PATH, "check_data", "make_mlp", "update")
+
+
+def test_cells_may_be_run_twice():
+    """Gradients added up; a network went on learning the one batch."""
+    namespace = set_up()
+    run_twice(section(PATH, "4.2", "4.3"), namespace)
+    namespace["fit_images"] = torch.randn(32, 1, 28, 28)
+    namespace["fit_labels"] = torch.arange(32) % 10
+    run_twice([s for s in section(PATH, "4.3", "4.4") if "AdamW" in s], namespace)
+
+
+@pytest.fixture
+def read_digits(tmp_path, monkeypatch):
+    """Read MNIST below ~/bookdata, as the chapter does; the folder of its files."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    raw = tmp_path / "bookdata" / "MNIST" / "raw"
+    shutil.copytree(NOTEBOOKS / "data" / "MNIST" / "raw", raw)
+    cell = next(cell.source for cell in code_cells(PATH) if "data" in cell.tags)
+
+    def read(**parameters) -> dict:
+        namespace = set_up() | {"DATA_DIR": "~/bookdata"} | parameters
+        run_twice([cell], namespace)
+        return namespace
+
+    return read, raw
+
+
+def test_digits_are_read_from_a_folder_of_the_readers_own(read_digits):
+    read, _ = read_digits
+    assert read()["raw_train"].shape == (4000, 1, 28, 28)
+
+
+@pytest.mark.parametrize("kept", [0, 10, 16, 1000])
+def test_digits_that_were_cut_off_are_named_with_the_remedy(read_digits, kept):
+    read, raw = read_digits
+    file = raw / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(RuntimeError, match="MNIST/raw is not whole.*Delete this"):
+        read()
+
+
+def test_more_images_than_there_are_is_an_error_that_names_both(read_digits):
+    read, _ = read_digits
+    with pytest.raises(ValueError, match="4000 training and 1000 test.*N_TRAIN"):
+        read(N_TEST=10_000)

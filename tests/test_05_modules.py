@@ -1,13 +1,14 @@
 """Chapter 5: the module, the summary and the loader of the chapter against PyTorch."""
 
 import random
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from notebooks import NOTEBOOKS, load_definitions
+from notebooks import NOTEBOOKS, code_cells, load_definitions, section
 
 CHAPTER = NOTEBOOKS / "05_module_tools.ipynb"
 
@@ -19,7 +20,7 @@ def chapter() -> dict:
         *("Registry", "MiniModule", "record", "summarise", "draw_graph"),
         *("rename_keys", "find_misfits", "load_renamed", "xavier_std", "kaiming_std"),
         *("Block", "DigitNet", "RenamedNet", "TiedModel", "LowRank", "fold"),
-        *("FrozenDigitNet", "with_new_head", "FixedCentre", "Centre"),
+        *("FrozenDigitNet", "with_new_head", "FixedCentre", "Centre", "listening"),
     )
 
 
@@ -209,3 +210,41 @@ def test_folding_batch_norm(chapter):
     expected = norm.eval()(conv(x))
     chapter["fold"](conv, norm)
     torch.testing.assert_close(conv(x), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_standard_deviations_are_for_matrices(chapter):
+    """Of a convolution's weight they would be wrong, in silence."""
+    for std in (chapter["xavier_std"], chapter["kaiming_std"]):
+        with pytest.raises(ValueError, match="unpack"):
+            std(torch.empty(4, 3, 3, 3))
+
+
+def test_listening_leaves_no_hook_behind_even_if_a_name_is_wrong(chapter):
+    model = chapter["DigitNet"]()
+    with pytest.raises(AttributeError, match="absent"):
+        with chapter["listening"](model, "stem", "absent"):
+            pass
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_the_warning_of_python_3_13_0_is_quiet():
+    cells = [c.source for c in code_cells(CHAPTER) if "def try_compile" in c.source]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(cells[0], {"warnings": warnings})
+        text = "Guards may run slower on Python 3.13.0. Consider upgrading."
+        warnings.warn(text, RuntimeWarning, stacklevel=1)
+
+
+def test_the_check_of_the_ensemble_trains_the_same_when_run_again():
+    space = load_definitions(CHAPTER)
+    space |= {"SEED": 0, "NUM_MODELS": 2}
+    cells = section(CHAPTER, "5.12", "5.13")
+    last = next(
+        i for i, source in enumerate(cells) if "train_stack(params, 10)" in source
+    )
+    found = []
+    for source in [*cells[: last + 1], cells[last]]:
+        exec(source, space)
+        found.append(space.get("params", {}).get("0.weight"))
+    assert found[-1].equal(found[-2]) and not found[-1].equal(found[-3])

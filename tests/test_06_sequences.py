@@ -11,10 +11,11 @@ import torchcrf
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from notebooks import NOTEBOOKS, load_definitions
+from notebooks import NOTEBOOKS, code_cells, load_definitions
 
+PATH = NOTEBOOKS / "06_sequence_labelling.ipynb"
 CHAPTER = load_definitions(
-    NOTEBOOKS / "06_sequence_labelling.ipynb",
+    PATH,
     "Batch",
     "BiLSTM",
     "CRF",
@@ -35,7 +36,6 @@ CHAPTER = load_definitions(
     "collate",
     "combinations",
     "cut_if_likely",
-    "device",
     "forward_backward",
     "is_legal",
     "log_partition",
@@ -58,6 +58,7 @@ CHAPTER = load_definitions(
     "two_best",
     "viterbi",
 )
+CHAPTER["device"] = torch.device("cpu")
 WORDS = [
     ["a"],
     ["no"],
@@ -363,9 +364,10 @@ def test_an_encoder_gives_a_line_the_same_emissions_alone_and_in_a_batch(make):
         torch.testing.assert_close(row[:n], one, atol=1e-5, rtol=1e-5)
 
 
-def test_the_lstm_by_hand_is_the_librarys():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_lstm_by_hand_is_the_librarys(dtype):
     torch.manual_seed(1)
-    lstm, x = nn.LSTM(4, 3, batch_first=True), torch.randn(1, 9, 4)
+    lstm, x = nn.LSTM(4, 3, batch_first=True).to(dtype), torch.randn(1, 9, 4).to(dtype)
     torch.testing.assert_close(define("lstm_by_hand")(lstm, x[0]), lstm(x)[0][0])
 
 
@@ -390,6 +392,17 @@ def test_words_become_legal_tags_and_come_back(words):
     tags, letters = define("to_tags")(words), "".join(words)
     assert define("is_legal")(tags) and not define("clashes")(tags)
     assert [letters[a:b] for a, b in define("to_spans")(tags)] == words
+
+
+def test_an_empty_word_is_refused():
+    with pytest.raises(ValueError, match="a word is empty"):
+        define("to_tags")(["to", "", "be"])
+
+
+@pytest.mark.parametrize("words", [["To"], ["na\u00efve"], ["no", "1"], []], ids=str)
+def test_a_batch_takes_only_letters_from_a_to_z(words):
+    with pytest.raises(ValueError, match="letters from a to z"):
+        define("collate")([["fine"], words])
 
 
 @pytest.mark.parametrize("length", range(1, 7))
@@ -464,6 +477,20 @@ Too short
     assert read(f"{framed}\n*** END OF {title}\nTerms and conditions\n") == expected
 
 
+def test_an_original_that_was_cut_off_is_named_with_the_remedy(tmp_path):
+    words = "To be, or not to be\u2014that is the question\n" * 75_000
+    text = f"*** START OF THE PROJECT GUTENBERG EBOOK ***\n{words}".encode()
+    path = tmp_path / "shakespeare.txt"
+    dash = text.index(b"\xe2", len(text) * 7 // 10)
+    path.write_bytes(text[: dash + 1])  # in the middle of a character
+    space = load_definitions(PATH, "check_data", "fetch", "read_lines", "to_tags")
+    space["DATA_DIR"] = str(tmp_path)
+    (cell,) = [c.source for c in code_cells(PATH) if "data" in c.tags]
+    with pytest.raises(RuntimeError, match="cut off: delete it") as error:
+        exec(cell, space)
+    assert str(path) in str(error.value)
+
+
 def test_unseen_words_and_thinning():
     assert define("share_unseen")([["a", "b"]], [["a", "c"], ["c", "b"]]) == 0.5
     assert define("thin")(list(range(10)), 3) == [0, 3, 6]
@@ -475,7 +502,7 @@ def test_the_dictionary_looks_ahead():
     assert define("most_probable")("abcd", counts) in (["abc", "d"], ["ab", "cd"])
     assert define("most_probable")("abcd", {**counts, "cd": 9}) == ["ab", "cd"]
     assert define("longest_first")("abcd", {**counts, "cd": 9}) == ["abc", "d"]
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="'xyz' cannot be cut into words"):
         define("most_probable")("xyz", counts)
     with pytest.raises(ValueError, match="no word of the dictionary begins 'xyz'"):
         define("longest_first")("xyz", counts)

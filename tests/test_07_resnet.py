@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 
-from notebooks import NOTEBOOKS, load_definitions, statements
+from notebooks import NOTEBOOKS, code_cells, load_definitions, statements
 
 PATH = NOTEBOOKS / "07_resnet_from_scratch.ipynb"
 RESNET = ["STEMS", "make_shortcut", "BasicBlock", "make_stage", "make_stem"]
@@ -26,7 +27,10 @@ CHAPTER = load_definitions(
     "conv2d_loops",
     "conv2d_matrix",
     "decay_groups",
+    "gradient_by_layer",
     "group_norm",
+    "make_cnn",
+    "make_deep",
     "map_sizes",
     "on_photos",
     "output_size",
@@ -83,6 +87,17 @@ def test_a_filter_as_large_as_the_image_gives_one_number():
 def test_channels_that_do_not_match_are_refused():
     with pytest.raises(ValueError, match="3 channels, filters for 1"):
         define("conv2d_loops")(randn(3, 5, 5), randn(2, 1, 3, 3))
+
+
+def test_a_filter_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="a filter of 7 on 6 pixels"):
+        define("conv2d_loops")(randn(1, 9, 4), randn(1, 1, 3, 7), padding=1)
+
+
+def test_the_loops_keep_the_kind_of_number():
+    x, weight = randn(2, 6, 6).double(), randn(3, 2, 3, 3, seed=1).double()
+    out = define("conv2d_loops")(x, weight)
+    torch.testing.assert_close(out, F.conv2d(x, weight))
 
 
 def test_the_matrix_convolution_has_the_same_gradient():
@@ -285,7 +300,55 @@ def test_no_decay_for_biases_and_normalisation():
         assert "bn" in name or "downsample.1" in name or name.endswith("bias")
 
 
+@pytest.mark.parametrize("depth", [2, 9])
+def test_a_depth_that_cannot_be_built_is_refused(depth):
+    with pytest.raises(ValueError, match=f"{depth} layers: take an even number"):
+        define("make_deep")(depth, skip=True, norm=True)
+
+
+@pytest.mark.parametrize("size", [28, 30, 32, 33])
+def test_the_cnn_takes_images_of_any_size(size):
+    model = define("make_cnn")(channels=1, size=size, width=2, hidden=4)
+    assert model(randn(2, 1, size, size)).shape == (2, 10)
+
+
 # Training and pictures
+
+
+def test_the_schedule_stays_at_its_end():
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    schedule, rates = define("warmup_cosine")(optimizer, 10), []
+    for _ in range(30):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert max(rates) == 1 and rates[5] > rates[9] > 0
+    assert max(rates[10:]) < 1e-9
+
+
+def test_gradients_are_the_same_when_measured_again(monkeypatch):
+    monkeypatch.setitem(CHAPTER, "small_images", randn(8, 1, 14, 14))
+    monkeypatch.setitem(CHAPTER, "fit_labels", torch.arange(8))
+    torch.manual_seed(0)
+    model = define("make_deep")(4, skip=True, norm=True)
+    first, second = [define("gradient_by_layer")(model) for _ in range(2)]
+    assert first == pytest.approx(second) and len(first) == 3 and min(first) > 0
+
+
+def test_garments_that_were_cut_off_are_named_with_the_remedy(tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    shutil.copytree(NOTEBOOKS / "data" / "FashionMNIST" / "raw", raw)
+    file = raw / "t10k-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 7 // 10])
+    space = load_definitions(PATH, "check_data")
+    space |= {"DATA_DIR": str(tmp_path), "N_TRAIN": 10, "N_TEST": 10}
+    (cell,) = [c.source for c in code_cells(PATH) if "data" in c.tags]
+    with pytest.raises(
+        RuntimeError, match="did not arrive whole .* Delete that"
+    ) as error:
+        exec(cell, space)
+    assert f"{tmp_path}/FashionMNIST" in str(error.value)
 
 
 def test_training_sees_every_image_once_per_pass_and_repeats():

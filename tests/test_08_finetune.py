@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+import shutil
 import tarfile
 from functools import partial
 
@@ -14,16 +15,16 @@ from torch import nn
 from torchvision import datasets
 from torchvision.models import resnet18
 
-from notebooks import NOTEBOOKS, load_definitions, section
+from notebooks import NOTEBOOKS, code_cells, load_definitions, section
 
 PATH = NOTEBOOKS / "08_finetune_resnet.ipynb"
 CHAPTER = load_definitions(
     PATH,
     "STAGES",
+    "STEPS",
     "SmallResNet",
     "ZONES",
     "cut_patches",
-    "device",
     "fit",
     "grad_cam",
     "heat_on",
@@ -31,6 +32,7 @@ CHAPTER = load_definitions(
     "make_groups",
     "make_pictures",
     "make_stage",
+    "make_stream",
     "mix",
     "neighbours",
     "on_picture",
@@ -38,6 +40,7 @@ CHAPTER = load_definitions(
     "run",
     "save_classifier",
     "train_mode",
+    "train_network",
 )
 CHAPTER["device"] = torch.device("cpu")
 CHAPTER["MEAN"] = torch.full((1, 3, 1, 1), 0.5)
@@ -94,6 +97,13 @@ def test_patches_stay_in_their_zone(ruler, zone):
     assert patches.min() <= low + 4 and patches.max() >= high - 5, "all of it is used"
 
 
+def test_a_patch_larger_than_its_zone_is_refused(monkeypatch):
+    """It would reach into another zone: a leak."""
+    monkeypatch.setitem(CHAPTER, "photos", [torch.zeros(3, 100, 320)])
+    with pytest.raises(ValueError, match="70 pixels in a zone of 100 by 64"):
+        define("cut_patches")(1, "test", generator(), size=70)
+
+
 def test_zones_do_not_overlap():
     edges = [edge for zone in define("ZONES").values() for edge in zone]
     assert edges == sorted(edges) and edges[0] == 0 and edges[-1] == 1
@@ -106,7 +116,38 @@ def test_without_a_garment_a_picture_is_the_patch(ruler):
     assert (pictures[:, 0].diff(dim=2) == 1).all(), "a patch of the ruler"
 
 
+def test_the_stream_for_pretraining_is_the_same_again(ruler, monkeypatch):
+    garments = torch.randint(256, (6, 28, 28), generator=generator())
+    monkeypatch.setitem(CHAPTER, "garments", garments)
+    monkeypatch.setitem(CHAPTER, "labels", torch.tensor([0, 9, 1, 2, 8, 3]))
+    monkeypatch.setitem(CHAPTER, "old", CHAPTER["labels"] < 6)
+    (images, labels), again = [define("make_stream")(2, seed=5) for _ in range(2)]
+    assert images.equal(again[0]) and labels.equal(again[1])
+    assert images.shape == (8, 3, 32, 32)
+    assert [sorted(half.tolist()) for half in labels.split(4)] == [[0, 1, 2, 3]] * 2
+
+
+def test_garments_that_were_cut_off_are_named_with_the_remedy(tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    shutil.copytree(NOTEBOOKS / "data" / "FashionMNIST" / "raw", raw)
+    file = raw / "train-labels-idx1-ubyte"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 7 // 10])
+    space = load_definitions(PATH, "check_data")
+    space |= {"DATA_DIR": str(tmp_path), "N_TRAIN": 10, "N_TEST": 10}
+    cell = next(c.source for c in code_cells(PATH) if "data" in c.tags)
+    with pytest.raises(
+        RuntimeError, match="did not arrive whole .* Delete that"
+    ) as error:
+        exec(cell, space)
+    assert f"{tmp_path}/FashionMNIST" in str(error.value)
+
+
 # The network
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="method 'Full'"):
+        define("train_network")("Full", 0.01, None, None, 0)
 
 
 def test_the_network_is_torchvisions_with_another_stem():

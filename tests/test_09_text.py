@@ -3,16 +3,18 @@
 import html
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from notebooks import NOTEBOOKS, load_definitions
+from notebooks import NOTEBOOKS, code_cells, load_definitions, section
 
+PATH = NOTEBOOKS / "09_text_to_tensors.ipynb"
 CHAPTER = load_definitions(
-    NOTEBOOKS / "09_text_to_tensors.ipynb",
+    PATH,
     "BPE",
     "BYTE_ORDER",
     "Batch",
@@ -38,6 +40,7 @@ CHAPTER = load_definitions(
     "read_sentences",
     "reverse",
     "share_padding",
+    "smaller",
     "split",
     "tf_idf",
     "to_symbols",
@@ -77,21 +80,33 @@ def test_the_split_is_the_same_on_every_version_of_pytorch():
     assert parts[0][:5] == [1253, 3840, 1793, 6795, 5557]
 
 
+def read_data(folder) -> dict:
+    """Run the cell that reads the data, from a folder of the reader's own."""
+    space = load_definitions(PATH, "check_data", "fetch", "read_sentences")
+    space["DATA_DIR"] = str(folder)
+    for cell in code_cells(PATH):
+        if "data" in cell.tags:
+            exec(cell.source, space)
+    return space
+
+
+def test_the_readers_own_folder_is_found(tmp_path, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    Path(tmp_path, "bookdata").mkdir()
+    Path(tmp_path, "bookdata", FILE.name).write_bytes(FILE.read_bytes())
+    assert len(read_data("~/bookdata")["sentences"]) == 10_041
+
+
+@pytest.mark.parametrize("share", [0.7, 0.9999])
+def test_a_file_that_was_cut_off_is_named(tmp_path, share):
+    whole = FILE.read_bytes()
+    Path(tmp_path, FILE.name).write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(RuntimeError, match=f"{FILE.name} is cut off: delete it"):
+        read_data(tmp_path)
+
+
 # torchtext
-
-
-@pytest.fixture(scope="module")
-def torchtext():
-    """torchtext, which PyTorch up to 2.3 must have, and later versions cannot."""
-    if TORCH > (2, 3):
-        pytest.skip("torchtext ended with PyTorch 2.3")
-    import torchtext
-
-    torchtext.disable_torchtext_deprecation_warning()
-    import torchtext.data.utils
-    import torchtext.vocab
-
-    return torchtext
 
 
 AWKWARD = [
@@ -143,6 +158,21 @@ def test_vocabulary_errors():
         vocab(["a", "a"])
     assert build([], ["<pad>"]).tokens == ["<pad>"]
     assert vocab(["a"], default_index=0)(["x", "a"]) == [0, 0]
+
+
+def test_what_looks_like_a_special_token_is_a_word():
+    vocab = define("build_vocab")([["a", "<pad>"]], define("SPECIALS"))
+    with pytest.raises(KeyError, match="'<pad>' is unknown"):
+        vocab(["<pad>"])
+    vocab.default_index = vocab["<unk>"]
+    assert vocab["<pad>"] == 0 and vocab(["<pad>", "a", "<unk>"]) == [1, 2, 1]
+
+
+def test_a_vocabulary_keeps_a_list_of_its_own():
+    tokens = ["a", "b"]
+    vocab = define("Vocab")(tokens)
+    tokens.append("c")
+    assert len(vocab) == 2
 
 
 # Byte-pair encoding
@@ -221,6 +251,27 @@ def test_random_texts_come_back(bpe):
         assert bpe.decode(dropped) == text
 
 
+def test_what_bpe_hands_out_may_be_changed(bpe):
+    merges = dict(bpe.merges)
+    own = define("BPE")(merges)
+    own.encode_piece(" film").append(0)
+    own.encode(" film").append(0)
+    merges.clear()
+    assert own.encode("a film") == bpe.encode("a film")
+    assert own.encode_piece(" film") == bpe.encode_piece(" film")
+
+
+def test_sizes_that_cannot_be(bpe, monkeypatch):
+    with pytest.raises(ValueError, match="255 symbols cannot hold the 256 bytes"):
+        define("train_bpe")(["ab"], 255)
+    monkeypatch.setitem(CHAPTER, "bpe", bpe)
+    monkeypatch.setitem(CHAPTER, "merges", bpe.merges)
+    assert len(define("smaller")(256).symbols) == 256
+    for size in (100, 3001):
+        with pytest.raises(ValueError, match=f"{size} is not between 256 and 3000"):
+            define("smaller")(size)
+
+
 def test_bpe_edges(bpe):
     assert define("train_bpe")([], 300) == {} and define("train_bpe")(["ab"], 256) == {}
     assert len(define("train_bpe")(["ab"], 10_000)) == 1
@@ -262,7 +313,22 @@ def test_masked_mean_ignores_padding_and_survives_an_empty_row():
     assert define("masked_mean")(x, mask).tolist() == [[2.0], [0.0]]
 
 
+def test_masked_mean_does_not_look_at_padding():
+    x = torch.tensor([[[1.0], [3.0], [torch.nan]], [[2.0], [torch.inf], [0.0]]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert define("masked_mean")(x, mask).tolist() == [[2.0], [2.0]]
+
+
 # Models and features
+
+
+def test_the_cells_on_embeddings_may_be_run_twice():
+    space = load_definitions(PATH, "PAD") | {"SEED": 0}
+    cells = [source for source in section(PATH, "9.6", "9.7") if "Bag" not in source]
+    assert len(cells) == 3
+    for source in cells:
+        exec(source, space)
+        exec(source, space)
 
 
 @pytest.mark.parametrize("name", ["BagOfWords", "BiGRU"])
@@ -298,6 +364,11 @@ def test_tf_idf_agrees_with_scikit_learn():
     )
     theirs = torch.from_numpy(reference.fit_transform(texts).toarray())
     torch.testing.assert_close(define("tf_idf")(tokens, vocab), theirs)
+
+
+def test_tf_idf_of_a_text_without_words_is_zero():
+    vocab = define("build_vocab")([["a"]])
+    assert define("tf_idf")([["a"], []], vocab).tolist() == [[1.0], [0.0]]
 
 
 def test_longest_first_prefers_the_longest():

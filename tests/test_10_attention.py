@@ -1,16 +1,19 @@
 """Chapter 10: attention, heads, positions and blocks against PyTorch and formulas."""
 
 import math
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from notebooks import NOTEBOOKS, load_definitions
+from notebooks import NOTEBOOKS, code_cells, load_definitions, section
 
+PATH = NOTEBOOKS / "10_attention.ipynb"
 CHAPTER = load_definitions(
-    NOTEBOOKS / "10_attention.ipynb",
+    PATH,
     "BlockAttention",
     "LETTERS",
     "MultiHeadAttention",
@@ -20,7 +23,6 @@ CHAPTER = load_definitions(
     "attention",
     "attention_loops",
     "backward_in_blocks",
-    "device",
     "forward_in_blocks",
     "grouped_attention",
     "influence",
@@ -29,16 +31,19 @@ CHAPTER = load_definitions(
     "linear_recurrent",
     "linear_square",
     "multiplications",
+    "pair_speeds",
     "phi",
     "plain_attention",
     "repeated",
     "rotary",
+    "rotary_halves",
     "saved_bytes",
     "sinusoidal",
     "split_heads",
     "step",
     "window_mask",
 )
+CHAPTER["device"] = torch.device("cpu")
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
@@ -201,7 +206,31 @@ def test_a_new_layer_starts_like_the_library():
         )
 
 
+def test_the_cells_that_compare_gradients_may_be_run_twice():
+    space = CHAPTER | {"SEED": 0, "real": torch.arange(6) < torch.tensor([[6], [4]])}
+    space["batch"] = torch.randn(2, 6, 32)
+    sources = section(PATH, "10.5", "10.6") + section(PATH, "10.10", "10.11")
+    cells = [
+        source.replace("torch.randn(3, 6, 32)", "torch.randn(2, 6, 32)")
+        for source in sources
+        if "theirs" in source or "blocks, plain" in source
+    ]
+    assert len(cells) == 5
+    for source in cells:
+        exec(source, space)
+        exec(source, space)
+
+
 # Positions
+
+
+def test_an_odd_number_of_features_cannot_be_paired():
+    x, place = torch.ones(2, 7), torch.arange(2)
+    calls = [lambda: define("sinusoidal")(5, 7)]
+    calls += [lambda f=f: define(f)(x, place) for f in ("rotary", "rotary_halves")]
+    for call in calls:
+        with pytest.raises(ValueError, match="dim 7 is not divisible by 2"):
+            call()
 
 
 @pytest.mark.parametrize("dim", [2, 8])
@@ -331,6 +360,43 @@ def test_influence_of_known_functions():
     assert (define("influence")(lambda x: x, x) > 0).equal(torch.eye(4).bool())
     causal = define("influence")(lambda x: x.cumsum(dim=0), x) > 0
     assert causal.equal(torch.ones(4, 4).tril().bool())
+
+
+# Words of real sentences
+
+DATA = NOTEBOOKS / "data" / "movieReviewSnippets_GroundTruth.txt"
+
+
+def read_data(folder) -> dict:
+    """Run the cells that read the data, from a folder of the reader's own."""
+    space = load_definitions(PATH, "check_data", "fetch") | {"DATA_DIR": str(folder)}
+    for cell in code_cells(PATH):
+        if "data" in cell.tags:
+            exec(cell.source, space)
+    return space
+
+
+def test_the_readers_own_folder_is_found(tmp_path, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    Path(tmp_path, "bookdata").mkdir()
+    Path(tmp_path, "bookdata", DATA.name).write_bytes(DATA.read_bytes())
+    assert len(read_data("~/bookdata")["sentences"]) == 10_041
+
+
+def test_a_file_that_was_cut_off_is_named(tmp_path):
+    whole = DATA.read_bytes()
+    Path(tmp_path, DATA.name).write_bytes(whole[: int(0.7 * len(whole))])
+    with pytest.raises(RuntimeError, match=f"{DATA.name} is cut off: delete it"):
+        read_data(tmp_path)
+
+
+def test_what_looks_like_a_special_token_is_a_word():
+    space = {"Counter": Counter, "tokens": [["film"] * 20]}
+    space |= {"PAD": 0, "UNKNOWN": 1, "BLANK": 2}
+    (cell,) = [c.source for c in code_cells(PATH) if "number_of = " in c.source]
+    exec(cell, space)
+    assert space["number_of"] == {"____": 2, "film": 3}
 
 
 # The exercises

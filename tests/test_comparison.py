@@ -1,14 +1,14 @@
-"""The comparison of stored and new outputs goes red when it should.
+"""The tests of the notebooks go red when they should, run in parallel as always.
 
-All cases are cells of one notebook, which nbval runs once, in a process of its own.
+All cases are cells of a few notebooks, which nbval runs once, in a process of its own.
 """
 
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nbformat
 import pytest
@@ -91,31 +91,55 @@ def case_cell(source: str, stored, tags: list[str]) -> nbformat.NotebookNode:
     return cell
 
 
+# Notebooks of their own, of which the second cell goes wrong
+ACCIDENTS = {
+    "dies": "import os; os._exit(1)",
+    "hangs": "import time; time.sleep(600)",
+}
+LIMIT = 10  # seconds for a cell
+
+
+def run(folder: Path, *options: str) -> dict[tuple[str, int], tuple[str, float]]:
+    """(Notebook, cell) -> what was said of its failure, and the seconds it took."""
+    shutil.copy(ROOT / "conftest.py", folder)
+    options = ["--nbval", "--nbval-current-env", "--color=no", *options, "--rootdir=."]
+    options += ["-n2", "--dist=loadfile", "--max-worker-restart=0"]
+    options += ["--junitxml=report.xml", "-c", os.devnull]
+    options += [f"--nbval-cell-timeout={LIMIT}"]
+    command = [sys.executable, "-m", "pytest", *options]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 1, result.stdout + result.stderr
+    found = {}
+    for case in ElementTree.parse(folder / "report.xml").iter("testcase"):
+        file = case.get("classname").removesuffix(".ipynb")
+        cell = int(case.get("name").split()[-1])
+        said = "".join(f"{e.get('message')}\n{e.text}" for e in case)
+        found[file, cell] = said, float(case.get("time"))
+    return found
+
+
 @pytest.fixture(scope="module")
-def report(tmp_path_factory) -> dict[str, tuple[bool, str]]:
-    """Case -> whether its cell passed, and what was printed of it."""
+def outcome(tmp_path_factory) -> dict[tuple[str, int], tuple[str, float]]:
+    """The outcome of all cases; the notebooks are left as they were."""
     folder = tmp_path_factory.mktemp("comparison")
-    cases = GREEN | RED
-    cells = [case_cell(*case) for case in cases.values()]
+    cells = [case_cell(*case) for case in (GREEN | RED).values()]
     cells.append(new_code_cell("print(1)", execution_count=None))
     nbformat.write(new_notebook(cells=cells), folder / "cases.ipynb")
-    shutil.copy(ROOT / "conftest.py", folder)
-    options = [
-        "--nbval",
-        "--nbval-current-env",
-        "--color=no",
-        "-rpf",
-        "-c",
-        os.devnull,
-    ]
-    command = [sys.executable, "-m", "pytest", *options, "--rootdir=.", "cases.ipynb"]
-    out = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout
-    passed = {int(n) for n in re.findall(r"^PASSED .*::Cell (\d+)", out, re.MULTILINE)}
-    parts = re.split(r"^_+ .*::Cell (\d+) _+$", out, flags=re.MULTILINE)
-    details = dict(zip(map(int, parts[1::2]), parts[2::2], strict=True))
-    names = [*cases, NEVER_EXECUTED]
-    assert len(passed) + len(details) == len(names), out
-    return {name: (i in passed, details.get(i, "")) for i, name in enumerate(names)}
+    for name, source in ACCIDENTS.items():
+        cells = [case_cell("x = []", None, []), case_cell(source, None, [])]
+        nbformat.write(new_notebook(cells=cells), folder / f"{name}.ipynb")
+    before = {path: path.read_bytes() for path in folder.glob("*.ipynb")}
+    found = run(folder)
+    assert {path: path.read_bytes() for path in folder.glob("*.ipynb")} == before
+    return found
+
+
+@pytest.fixture(scope="module")
+def report(outcome) -> dict[str, tuple[bool, str]]:
+    """Case -> whether its cell passed, and what was said of it."""
+    names = [*GREEN, *RED, NEVER_EXECUTED]
+    said = [outcome["cases", i][0] for i in range(len(names))]
+    return {name: (not text, text) for name, text in zip(names, said, strict=True)}
 
 
 @pytest.mark.parametrize("case", GREEN)
@@ -138,3 +162,31 @@ def test_the_message_names_the_number_that_moved(report):
 def test_the_message_for_a_stripped_notebook_names_the_remedy(report):
     _, printed = report[NEVER_EXECUTED]
     assert "stored without having been executed: run `make refresh`" in printed
+
+
+def test_a_kernel_that_dies_is_noticed_at_once(outcome):
+    said, seconds = outcome["dies", 1]
+    assert "the kernel died" in said and "os._exit" in said
+    assert seconds < 15
+    assert not outcome["dies", 0][0]
+
+
+def test_a_cell_that_hangs_hits_its_limit(outcome):
+    said, _ = outcome["hangs", 1]
+    assert f"the cell hit its limit of {LIMIT} s" in said and "time.sleep" in said
+
+
+def test_a_worker_that_dies_is_named_with_its_cell(tmp_path):
+    kills = case_cell("import os; os.kill(os.getppid(), 9)", None, [])
+    nbformat.write(new_notebook(cells=[kills]), tmp_path / "kills.ipynb")
+    said, _ = run(tmp_path)["kills", 0]
+    assert "crashed while running 'kills.ipynb::Cell 0'" in said
+
+
+def test_a_cell_that_changes_when_run_twice_is_found(tmp_path):
+    grows = case_cell("x = [*x, 1]\nprint(len(x))", "1\n", [])
+    cells = [case_cell("x = []", None, []), grows]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "twice.ipynb")
+    found = run(tmp_path, "--twice")
+    assert not found["twice", 0][0]
+    assert "run a second time: Cell outputs differ" in found["twice", 1][0]

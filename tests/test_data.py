@@ -5,7 +5,6 @@ same line, in a cell tagged ``data``. The tests run these cells out of each note
 with the copy and no network, and with no copy and a small server on loopback.
 """
 
-import ast
 import csv
 import gzip
 import re
@@ -14,6 +13,7 @@ import socket
 import symtable
 from functools import partial
 from hashlib import md5, sha256
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import matplotlib
@@ -163,11 +163,15 @@ def test_make_data_replaces_nothing_if_one_data_set_fails(old_data, monkeypatch)
 
 
 @pytest.fixture
-def check_data():
-    """The function check_data, loaded from the first notebook that reads data."""
-    if not READERS:
-        pytest.fail("no notebook has a cell tagged `data`")
-    return load_definitions(READERS[0], "check_data")["check_data"]
+def shared():
+    """check_data and fetch, loaded from the first notebook that reads data."""
+    return load_definitions(READERS[0], "check_data", "fetch")
+
+
+@pytest.fixture
+def check_data(shared):
+    """The function check_data of the notebooks."""
+    return shared["check_data"]
 
 
 @pytest.fixture
@@ -176,15 +180,6 @@ def copy(tmp_path, monkeypatch):
     shutil.copytree(DATA, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def definition(path, name):
-    """The source of a function of a notebook, without layout and comments."""
-    for cell in code_cells(path):
-        for node in ast.parse(cell.source).body:
-            if isinstance(node, ast.FunctionDef) and node.name == name:
-                return ast.unparse(node)
-    return None
 
 
 def test_every_data_set_is_read_by_a_chapter():
@@ -196,17 +191,9 @@ def test_every_data_set_is_read_by_a_chapter():
 @pytest.mark.parametrize("path", notebook_paths(), ids=lambda path: path.stem)
 def test_only_tagged_cells_load_data(path):
     for cell in code_cells(path):
-        loads = re.search(r"^(?!def ).*\bcheck_data\(", cell.source, re.MULTILINE)
-        loads = loads or re.search(r"download=True|download_url\(", cell.source)
-        tagged = "data" in cell.tags
+        loads = re.search(r"\bcheck_data\(|\bfetch\(|download=True", cell.source)
+        tagged = "data" in cell.tags or "def fetch" in cell.source
         assert tagged or not loads, f"tag this cell `data`:\n{cell.source}"
-
-
-@each_reader
-def test_notebooks_share_one_check(path):
-    found = definition(path, "check_data")
-    assert found, "a notebook with a cell tagged `data` defines check_data"
-    assert found == definition(READERS[0], "check_data")
 
 
 @pytest.mark.parametrize("name", sorted({file.split("/")[0] for file in SUMS}))
@@ -245,6 +232,40 @@ def test_check_passes_without_a_list(check_data, copy):
     shutil.rmtree("data/MNIST")
     check_data("data", "MNIST")
     check_data("elsewhere", "MNIST")
+
+
+# The download that they make
+
+
+def test_fetch_reads_a_folder_of_the_readers_own(shared, tmp_path, monkeypatch, serve):
+    """A name that begins with ~ means the reader's home."""
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "text.txt").write_text("To be")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    url, asked = serve(tmp_path / "original")
+    for _ in range(2):
+        path = shared["fetch"](f"{url}text.txt", "~/books", "text.txt")
+        assert path == tmp_path / "home" / "books" / "text.txt"
+        assert path.read_text() == "To be"
+    assert asked == ["text.txt"]
+
+
+def test_a_download_that_is_cut_off_is_named_and_not_kept(
+    shared, tmp_path, serve, monkeypatch
+):
+    """The server announces the whole file, sends half of it and hangs up."""
+    (tmp_path / "text.txt").write_text("To be, or not to be" * 10_000)
+    url, _ = serve(tmp_path)
+    half = lambda handler, source, out: out.write(source.read(50_000))  # noqa: E731
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "copyfile", half)
+    with pytest.raises(RuntimeError, match="text.txt did not arrive.*IncompleteRead"):
+        shared["fetch"](f"{url}text.txt", tmp_path / "data", "text.txt")
+    assert not (tmp_path / "data").exists()
+    monkeypatch.undo()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    path = shared["fetch"](f"{url}text.txt", tmp_path / "data", "text.txt")
+    assert path.stat().st_size == 190_000
 
 
 # Loading, as the notebooks do it

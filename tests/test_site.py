@@ -5,6 +5,7 @@ Chromium (`apt-get install chromium`, or set CHROMIUM to its path) and are skipp
 there is none; with CI=true in the environment its absence is a failure.
 """
 
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import nbformat
 import pytest
+
+from reading import reading_minutes
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESSES = ("BOOK_REPOSITORY_URL", "BOOK_REPOSITORY_BRANCH", "GITHUB_SERVER_URL")
@@ -101,7 +105,7 @@ def build(folder: Path, *options: str, **address: str) -> Path:
 
 def copy(folder: Path) -> Path:
     """A copy of what the site is made of."""
-    leave_out = shutil.ignore_patterns(".*", "_build", "tests", "tools", "data")
+    leave_out = shutil.ignore_patterns(".*", "_build", "tests", "data")
     return shutil.copytree(ROOT, folder, ignore=leave_out)
 
 
@@ -117,6 +121,29 @@ def pages(site: Path) -> list[str]:
     """Addresses of all pages below the site's folder."""
     found = [p.relative_to(site).as_posix() for p in sorted(site.rglob("*.html"))]
     return [page for page in found if "/" in page or page == "search.html"]
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    """A site of a chapter, a notebook below it and a page, with an address."""
+    folder = copy(tmp_path_factory.mktemp("small") / "book")
+    in_depth = nbformat.v4.new_notebook()
+    text = "# 1b. In depth\n" + "Word. " * 400
+    in_depth.cells.append(nbformat.v4.new_markdown_cell(text))
+    nbformat.write(in_depth, folder / "notebooks" / "01b_in_depth.ipynb")
+    toc = """
+        format: jb-book
+        root: book/index
+        parts:
+        - caption: A part
+          chapters:
+          - file: notebooks/01_hello_pytorch
+            sections: [file: notebooks/01b_in_depth]
+        - caption: Another
+          chapters: [file: book/status]"""
+    (folder / "_toc.yml").write_text(toc)
+    (folder / "book" / "index.md").write_text("# Welcome\n\nRead.\n\n[It](status.md)\n")
+    return build(folder, BOOK_REPOSITORY_URL="https://github.com/someone/some-book")
 
 
 @pytest.fixture(scope="module")
@@ -319,22 +346,78 @@ def test_links_with_address(address, monkeypatch):
     )
 
 
-def test_page_with_address(tmp_path):
+def test_page_with_address(small):
     """A build with an address: the chapter has its links, other pages have none."""
-    folder = copy(tmp_path / "book")
-    chapter = sorted(folder.glob("notebooks/*.ipynb"))[-1].relative_to(folder)
-    toc = f"format: jb-book\nroot: book/status\nchapters: [file: {chapter}]\n"
-    (folder / "_toc.yml").write_text(toc)  # two pages are enough, and quick
-    html = build(folder, BOOK_REPOSITORY_URL="https://github.com/someone/some-book")
-    text = (html / chapter).with_suffix(".html").read_text(encoding="utf-8")
+    text = (small / "notebooks/01_hello_pytorch.html").read_text(encoding="utf-8")
     found = re.findall(r'href="(https://(?:colab|mybinder)[^"]*)"', text)
     assert found == [
-        f"https://colab.research.google.com/github/someone/some-book/blob/main/{chapter}",
+        "https://colab.research.google.com/github/someone/some-book/blob/main/"
+        "notebooks/01_hello_pytorch.ipynb",
         "https://mybinder.org/v2/gh/someone/some-book/main?urlpath=lab%2Ftree%2F"
-        + str(chapter).replace("/", "%2F"),
+        "notebooks%2F01_hello_pytorch.ipynb",
     ]
-    other = (html / "book" / "status.html").read_text(encoding="utf-8")
+    other = (small / "book" / "status.html").read_text(encoding="utf-8")
     assert "someone/some-book" not in other
+
+
+def plain(html: str) -> str:
+    """Text without its tags, spaces folded."""
+    return " ".join(re.sub("<[^>]*>", " ", html).split())
+
+
+def table(page: Path) -> list[list[str]]:
+    """The cells of the body of a page's table, row by row."""
+    body = page.read_text(encoding="utf-8").split("<tbody>")[1].split("</tbody>")[0]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in body.split("</tr>")[:-1]]
+    return [[plain(cell) for cell in row] for row in rows]
+
+
+def test_facts_of_each_notebook(site):
+    """Below its title, on its card and in the table: computed, or from status.json."""
+    measured = json.loads((site / "../../book/status.json").read_text(encoding="utf-8"))
+    status = site / "book" / "status.html"
+    rows = iter(table(status))
+    welcome = (site / "book" / "index.html").read_text(encoding="utf-8")
+    cards = dict(
+        re.findall(r'"minutes">(.*?)</p>.*?(notebooks/\w+.html)"', welcome, re.DOTALL)
+    )
+    assert cards
+    total = 0
+    for path in sorted((site / "../../notebooks").glob("*.ipynb")):
+        page = (site / "notebooks" / path.stem).with_suffix(".html")
+        text = page.read_text(encoding="utf-8")
+        line = re.search(r'</h1>\s*<div class="facts">(.*?)</div>', text, re.DOTALL)
+        minutes = reading_minutes(nbformat.read(path, as_version=4))
+        total += minutes if "b_" not in path.stem[:4] else 0
+        expected, cells = f"{minutes} min to read", [""] * 5
+        if found := measured.get(path.stem):
+            keys = ("seconds", "memory", "data", "torch", "date")
+            cells = seconds, memory, data, torch, date = [str(found[k]) for k in keys]
+            expected += f" {seconds} s to run {memory} GB of memory"
+            expected += f" data: {data} torch {torch}, {date}"
+            assert found["machine"] in plain(status.read_text(encoding="utf-8"))
+        assert plain(line[1]) == expected
+        assert next(rows)[1:] == [str(minutes), *cells]
+        assert cards.pop(f"notebooks/{page.name}", None) in (None, f"{minutes} min")
+    assert f"all chapters takes {total:,} minutes" in status.read_text(encoding="utf-8")
+
+
+def test_notebook_in_depth(small):
+    """It stands below its chapter: in part, sidebar, order of reading and table."""
+    page = (small / "notebooks/01b_in_depth.html").read_text(encoding="utf-8")
+    assert '<p class="where">A part</p>' in page
+    assert '<li class="toctree-l2 current"><a aria-current="page"' in page
+    assert 'rel="prev" href="01_hello_pytorch.html"' in page
+    assert 'rel="next" href="../book/status.html"' in page
+    facts = re.search('"facts">(.*?)</div>', page, re.DOTALL)[1]
+    assert plain(facts) == "2 min to read"
+    status = small / "book" / "status.html"
+    assert table(status)[1] == ["1b. In depth", "2", "", "", "", "", ""]
+    text = status.read_text(encoding="utf-8")
+    assert re.findall(r'<tr class="(.*?)">', text)[1:] == ["row-even", "below row-odd"]
+    minutes = int(table(status)[0][1])
+    assert f"chapters takes {minutes} minutes" in text
+    assert f"with the in-depth notebooks {minutes + 2} minutes" in text
 
 
 # ---------------------------------------------------------------- in the browser
@@ -426,16 +509,13 @@ def test_search(browser, server, site, way):
         assert visit.complaints == []
 
 
-def test_formulas_are_mathml(browser, server, pages):
+def test_formulas_are_mathml(browser, server, site, pages):
     """Chapters hold MathML, and the mathematical font is the one that draws it."""
     with Visit(browser) as visit:
-        counts = {}
-        for page in filter(is_chapter, pages):
-            visit.open(server + page)
-            counts[page] = visit.tab.locator("math").count()
-        assert sum(counts.values()) > 0
-        page = max(counts, key=counts.get)
+        chapters = filter(is_chapter, pages)
+        page = max(chapters, key=lambda p: (site / p).read_text("utf-8").count("<math"))
         visit.open(server + page)
+        assert visit.tab.locator("math").count() > 0
         assert visit.tab.evaluate("document.fonts.check('16px \"Book Math\"', 'x')")
         raised = visit.tab.evaluate(
             """() => [...document.querySelectorAll("msup")].some((m) =>
@@ -465,6 +545,7 @@ def test_previous_and_next(browser, server, pages):
     with Visit(browser) as visit:
         visit.tab.goto(server)
         visit.tab.wait_for_url("**/book/index.html")
+        assert not visit.tab.locator(".bar [rel]").count()
         seen = []
         while True:
             seen.append(visit.tab.url.removeprefix(server))
@@ -475,7 +556,119 @@ def test_previous_and_next(browser, server, pages):
             visit.tab.wait_for_load_state()
             back = visit.tab.locator("a.previous").evaluate("a => a.href")
             assert back == server + seen[-1]
+            links = "links => links.map((a) => a.href)"
+            top, bottom = visit.tab.locator(".bar [rel]"), visit.tab.locator(".turn a")
+            assert top.evaluate_all(links) == bottom.evaluate_all(links)
         assert sorted(seen) == sorted(set(pages) - {"search.html"})
+
+
+@pytest.mark.parametrize("screen", list(SCREENS))
+def test_bar_with_all_its_tools(browser, small, screen):
+    """Previous and next are in reach at the top; nothing is pushed off the screen."""
+    with Visit(browser, screen) as visit:
+        visit.open((small / "notebooks/01_hello_pytorch.html").as_uri())
+        tools = visit.tab.locator(".tools > *")
+        assert tools.count() == 6
+        right = max(tool.bounding_box()["x"] for tool in tools.all())
+        assert right < SCREENS[screen][0] - 40
+        assert visit.tab.evaluate(TOO_WIDE) == []
+        visit.tab.get_by_role("link", name="Next page").click()
+        visit.tab.wait_for_url("**/01b_in_depth.html")
+
+
+def test_going_on(browser, server):
+    """The welcome page offers the chapter and section that were read last."""
+    with Visit(browser) as visit:
+        visit.open(server + "book/index.html")
+        assert not visit.tab.locator(".go-on").count()
+        visit.open(server + "notebooks/04_training_and_evaluation.html")
+        visit.open(server + "book/index.html")
+        offer = visit.tab.locator(".go-on")
+        assert offer.inner_text().startswith("Go on with chapter 4: ")
+        offer.locator("a").click()
+        section = visit.tab.locator("article > section > section").nth(4)
+        section.evaluate("section => section.scrollIntoView()")
+        heading = visit.tab.locator(".contents [aria-current]").inner_text()
+        visit.open(server + "book/glossary.html")
+        visit.open(server + "book/index.html")
+        assert offer.inner_text().endswith(f"\n{heading}")
+        offer.locator("a").click()
+        visit.tab.wait_for_url(f"**/04_*.html#{section.get_attribute('id')}")
+        assert visit.complaints == []
+
+
+def test_storage_that_is_blocked(browser, server):
+    """Where the browser remembers nothing, pages work and nothing is offered."""
+    blocked = "() => { throw new DOMException('blocked', 'SecurityError') }"
+    with Visit(browser) as visit:
+        visit.tab.add_init_script(
+            "Object.defineProperty(window, 'localStorage', "
+            f"{{configurable: true, get: {blocked}}})"
+        )
+        visit.open(server + "notebooks/04_training_and_evaluation.html")
+        visit.tab.get_by_role("button", name="Switch to dark").click()
+        visit.open(server + "book/index.html")
+        assert not visit.tab.locator(".go-on").count()
+        assert visit.complaints == []
+
+
+def test_link_to_a_heading(browser, server):
+    """It shows when it is wanted, works by keyboard, copies its address and says so."""
+    page = server + "notebooks/04_training_and_evaluation.html"
+    shown = "a => getComputedStyle(a).opacity"
+    with Visit(browser) as visit:
+        visit.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        visit.open(page)
+        heading = visit.tab.locator("h2").nth(2)
+        link = heading.get_by_role("link", name="Copy link")
+        assert link.evaluate(shown) == "0"
+        heading.hover()
+        assert link.evaluate(shown) == "1"
+        visit.tab.mouse.move(0, 0)
+        link.focus()
+        assert link.evaluate(shown) == "1"
+        visit.tab.evaluate("window.setTimeout = () => 0")  # what it says, stays
+        visit.tab.keyboard.press("Enter")
+        visit.tab.locator("[role=status]", has_text="Copied").wait_for(state="attached")
+        assert "Copied" in link.evaluate("a => getComputedStyle(a, '::after').content")
+        copied = visit.tab.evaluate("navigator.clipboard.readText()")
+        assert copied == link.evaluate("a => a.href") == visit.tab.url
+    touch = browser.new_context(is_mobile=True, has_touch=True)
+    tab = touch.new_page()
+    tab.goto(page)
+    assert tab.locator("h2 > .headerlink").first.evaluate(shown) == "1"
+    touch.close()
+
+
+def test_print(browser, server):
+    """On paper: the text in light colours, with the cells that the reader unfolded."""
+    with Visit(browser, scheme="dark") as visit:
+        visit.open(server + "notebooks/04_training_and_evaluation.html")
+        visit.tab.evaluate("window.print = () => (window.printed = true)")
+        visit.tab.get_by_role("button", name="Print").click()
+        visit.tab.wait_for_function("window.printed")
+        visit.tab.emulate_media(media="print", color_scheme="dark")
+        visit.tab.set_viewport_size({"width": 680, "height": 960})  # A4 and its margins
+        hidden = ".bar, .sidebar, .contents, .turn, .copy, .headerlink, details.hide"
+        visible = "things => things.filter((thing) => thing.checkVisibility()).length"
+        assert visit.tab.locator(hidden).evaluate_all(visible) == 0
+        ground = "getComputedStyle(document.body).backgroundColor"
+        assert visit.tab.evaluate(ground) == "rgb(255, 255, 255)"
+        wide = "boxes => boxes.some((box) => box.scrollWidth > box.clientWidth)"
+        assert not visit.tab.locator("pre").evaluate_all(wide)
+        after = "a => getComputedStyle(a, '::after').content"
+        outside = visit.tab.locator("article a.external:not(.bare)").first
+        assert outside.get_attribute("href") in outside.evaluate(after)
+        visit.tab.emulate_media(media="screen")
+        visit.tab.set_viewport_size({"width": 1280, "height": 900})
+        visit.tab.get_by_role("button", name="Unfold all code").click()
+        visit.tab.emulate_media(media="print")
+        cells = visit.tab.locator("details.hide pre")
+        assert cells.evaluate_all(visible) == cells.count() > 0
+        assert visit.tab.locator("details.hide summary").evaluate_all(visible) == 0
+        visit.tab.emulate_media(media="screen")
+        visit.tab.get_by_role("button", name="Fold all code").click()
+        assert not visit.tab.locator("details.hide[open]").count()
 
 
 def test_menu_on_a_phone(browser, server):

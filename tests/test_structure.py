@@ -10,11 +10,25 @@ import nbformat
 import pytest
 import yaml
 
+from claims import find_claims, outside
+from copies import as_in_source
 from notebooks import NOTEBOOKS, notebook_paths
+from reading import count_lines, is_folded, only_draws, reading_minutes
 
 ROOT = NOTEBOOKS.parent
 
 CHAPTERS = notebook_paths()
+MINUTES = {"chapter": 60, "in depth": 45}  # to read, at most
+CELLS = 70  # code cells of a chapter, at most
+
+# What the next issue mends: (minutes, code cells) at most, until then
+TOO_LONG = {}
+# Cells whose tolerance is wider than half of what they print, by their ids
+LITTLE = {}
+# Cells that print nothing but True, False or a fixed sentence, at most
+FIXED = {}
+NUMBER = r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?!\w)"
+
 SECTIONS = ["What goes wrong", "What you learned", "In practice", "Exercises"]
 TAGS = re.compile(
     r"parameters|data|hide-input|hide-cell|nbval-ignore-output|[ari]tol=\d[\d.e-]*"
@@ -35,10 +49,6 @@ def prose(notebook: nbformat.NotebookNode) -> str:
 
 def tags(cell: nbformat.NotebookNode) -> list[str]:
     return cell.metadata.get("tags", [])
-
-
-def lines(source: str) -> int:
-    return sum(bool(line.strip()) for line in source.splitlines())
 
 
 def has_text(cell: nbformat.NotebookNode) -> bool:
@@ -68,25 +78,55 @@ def chapter(request) -> nbformat.NotebookNode:
 
 
 def test_the_chapters_are_numbered_without_gaps_and_all_listed():
-    numbers = [int(path.name[:2]) for path in CHAPTERS]
+    numbers = [int(path.name[:2]) for path in CHAPTERS if path.name[2] == "_"]
     assert numbers == list(range(1, len(numbers) + 1))
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    files = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
-    listed = [file for file in files if file.startswith("notebooks/")]
+    entries = [entry for part in toc["parts"] for entry in part["chapters"]]
+    listed = []
+    for entry in entries:
+        below = [section["file"] for section in entry.get("sections", [])]
+        assert all(file.startswith(entry["file"][:12] + "b_") for file in below)
+        listed += [entry["file"], *below]
+    listed = [file for file in listed if file.startswith("notebooks/")]
     assert listed == [f"notebooks/{path.stem}" for path in CHAPTERS]
+
+
+def test_it_is_one_sitting(chapter):
+    in_depth = chapter.path.name[2] == "b"
+    minutes, cells = TOO_LONG.get(
+        chapter.path.stem, (MINUTES["in depth" if in_depth else "chapter"], CELLS)
+    )
+    assert reading_minutes(chapter) <= minutes
+    assert len(code(chapter)) <= cells
+
+
+def test_the_list_of_what_is_too_long_is_short():
+    """A chapter that fits leaves the list."""
+    for path in CHAPTERS:
+        notebook = read(path)
+        if path.stem in TOO_LONG:
+            fits = reading_minutes(notebook) <= MINUTES["chapter"]
+            assert not fits or len(code(notebook)) > CELLS, f"{path.stem} fits"
+
+
+def test_code_that_only_draws_is_folded(chapter):
+    for cell in code(chapter):
+        assert is_folded(cell) or not only_draws(cell.source), cell.source
 
 
 def test_the_title_carries_the_number(chapter):
     first = chapter.cells[0].source.splitlines()[0]
-    assert first.startswith(f"# {int(chapter.path.name[:2])}. "), first
+    number = chapter.path.name.split("_")[0].lstrip("0")
+    assert first.startswith(f"# {number}. "), first
 
 
-def test_the_opening_says_what_how_and_how_long(chapter):
+def test_the_opening_says_what_and_what_for(chapter):
     opening = chapter.cells[0].source
     parts = opening.split("**You will**")
     assert len(parts) == 2, "no **You will**"
     assert 3 <= len(re.findall(r"^- ", parts[1], re.MULTILINE)) <= 7
-    assert "**Before you start**" in opening and "**Time and data**" in opening
+    assert "**Before you start**" in opening
+    assert not re.search(r"\b(minutes?|seconds?|MB|GB)\b", opening), "the site says it"
 
 
 def test_the_closing_sections_are_there_in_order(chapter):
@@ -123,7 +163,7 @@ def test_one_parameters_cell_comes_first_and_holds_the_seed(chapter):
 
 
 def test_cells_are_short(chapter):
-    lengths = [lines(cell.source) for cell in code(chapter)]
+    lengths = [count_lines(cell.source) for cell in code(chapter)]
     assert max(lengths) <= 25
     assert sum(length <= 8 for length in lengths) >= len(lengths) / 2
 
@@ -168,11 +208,20 @@ def test_a_cell_that_is_not_compared_says_why(chapter):
         assert "NBVAL" not in cell.source, "use the tag and give the reason"
 
 
-def test_nine_in_ten_cells_with_text_are_compared(chapter):
-    cells = [cell for cell in code(chapter) if has_text(cell)]
-    compared = [cell for cell in cells if "nbval-ignore-output" not in tags(cell)]
-    print(f"{chapter.path.stem}: {len(compared)} of {len(cells)} cells compared")
-    assert len(compared) >= 0.9 * len(cells) > 0
+def compared(notebook: nbformat.NotebookNode) -> list[bool]:
+    """For each cell with text, whether it is compared."""
+    cells = [cell for cell in code(notebook) if has_text(cell)]
+    return ["nbval-ignore-output" not in tags(cell) for cell in cells]
+
+
+def test_cells_with_text_are_compared(chapter):
+    assert sum(compared(chapter)) >= 0.9 * len(compared(chapter)) > 0
+
+
+def test_in_the_whole_book_19_of_20_cells_with_text_are_compared():
+    found = [result for path in CHAPTERS for result in compared(read(path))]
+    print(f"{sum(found)} of {len(found)} cells are compared")
+    assert sum(found) >= 0.95 * len(found) > 0
 
 
 def test_claims_are_asserted(chapter):
@@ -194,7 +243,7 @@ def test_it_stands_alone(chapter):
                 names = [node.module]
             if isinstance(node, ast.Import | ast.ImportFrom):
                 assert not project & set(names)
-    assert set(chapter.metadata) == {"kernelspec", "language_info"}
+    assert set(chapter.metadata) - {"torch"} == {"kernelspec", "language_info"}
 
 
 def test_the_prose_shows_in_jupyter_colab_and_on_github(chapter):
@@ -211,13 +260,98 @@ def test_links_between_pages_lead_somewhere(chapter):
             assert (chapter.path.parent / target).exists(), target
 
 
-def test_shared_cells_are_the_same_everywhere():
-    """Plot style and check of the data files are copied into each chapter unchanged."""
-    for title in ("# @title Plot style", "# @title Check of the data files"):
-        found = {
-            cell.source
-            for path in CHAPTERS
-            for cell in code(read(path))
-            if cell.source.startswith(title)
-        }
-        assert len(found) == 1, f"{len(found)} versions of {title}"
+def test_copies_are_as_in_their_source(chapter):
+    for cell in code(chapter):
+        if source := cell.metadata.get("copy-of"):
+            there = read(NOTEBOOKS / f"{source}.ipynb")
+            assert cell.source == as_in_source(cell, there), "run chapters.py copies"
+
+
+def test_cells_that_all_chapters_share_are_the_same_everywhere():
+    """Plot style, data files and the choice of a device are copied unchanged."""
+    starts = {
+        "# @title Plot style": r".*",
+        "# @title Data files": r".*",
+        'if hasattr(torch, "accelerator")': r"[^\n]*\n(?:(?: .*|else:.*)(?:\n|$))+",
+    }
+    sources = [cell.source for path in CHAPTERS for cell in code(read(path))]
+    for start, rest in starts.items():
+        pattern = re.compile(
+            f"^{re.escape(start)}{rest}",
+            re.MULTILINE | (re.DOTALL if rest == ".*" else 0),
+        )
+        found = [match[0].strip() for s in sources if (match := pattern.search(s))]
+        assert len(set(found)) == 1, f"{len(set(found))} versions of {start}"
+        assert "data" in start.lower() or len(found) >= len(CHAPTERS) - 1
+
+
+def test_comments_on_five_seeds_hold_what_the_page_shows(chapter):
+    for cell in code(chapter):
+        measured = cell.metadata.get("measured", {})
+        assert outside(cell.source, measured) == [], cell.source
+        lines = {str(claim.line) for claim in find_claims(cell.source)}
+        assert set(measured) <= lines, "run `make refresh`"
+
+
+# Tolerances
+
+
+def tolerance(cell: nbformat.NotebookNode) -> dict[str, float]:
+    """Kind of tolerance -> how far a cell lets its numbers move."""
+    found = (re.fullmatch(r"([ari]tol)=(.+)", tag) for tag in tags(cell))
+    return {match[1]: float(match[2]) for match in found if match}
+
+
+def compares_little(cell: nbformat.NotebookNode) -> bool:
+    """Whether a tolerance is wider than half of the spread of the numbers printed.
+
+    The spread is between the smallest and the largest number of a kind (whole, or with
+    a decimal point); of a single number it is its distance from 0.
+    """
+    allowed = tolerance(cell)
+    text = "\n".join(
+        o.get("text", "") or o.get("data", {}).get("text/plain", "")
+        for o in cell.outputs
+    )
+    numbers = re.findall(NUMBER, text)
+    for kinds, wanted in ((("atol", "rtol"), False), (("itol",), True)):
+        found = [float(n) for n in numbers if n.lstrip("+-").isdigit() is wanted]
+        if found and set(kinds) & set(allowed):
+            spread = max(found) - min(found) or abs(found[0])
+            size = max(map(abs, found))
+            wide = allowed.get("rtol", 0) * size * (not wanted)
+            wide += sum(allowed.get(kind, 0) for kind in kinds if kind != "rtol")
+            if wide > spread / 2:
+                return True
+    return False
+
+
+def test_tolerances_compare_something(chapter):
+    """The cells that compare little are listed, until the next issue mends them."""
+    found = [cell.id for cell in code(chapter) if compares_little(cell)]
+    assert sorted(found) == sorted(LITTLE.get(chapter.path.stem, []))
+
+
+# Outputs that no run can change
+
+
+def says_nothing(cell: nbformat.NotebookNode) -> bool:
+    """Whether all text that a cell shows is True, False or a sentence in its code."""
+    fixed = {""}
+    for node in ast.walk(ast.parse(cell.source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            fixed |= {line.strip() for line in node.value.splitlines()}
+    text = "\n".join(
+        o.get("text", "") or o.get("data", {}).get("text/plain", "")
+        for o in cell.outputs
+        if "image/png" not in o.get("data", {})
+    )
+    parts = re.split(r"\n|\bTrue\b|\bFalse\b", text)
+    return all(part.strip(" ,|[]()") in fixed for part in parts)
+
+
+def test_most_cells_print_what_they_measured(chapter):
+    cells = [cell for cell in code(chapter) if has_text(cell)]
+    fixed = [cell for cell in cells if says_nothing(cell)]
+    print(f"{chapter.path.stem}: {len(fixed)} of {len(cells)}")
+    assert len(fixed) <= FIXED.get(chapter.path.stem, 0.03 * len(cells))

@@ -2,7 +2,10 @@
 
 python tools/chapters.py refresh            # every chapter
 python tools/chapters.py refresh 02 04      # the chapters named
-python tools/chapters.py status             # the table of book/status.md
+python tools/chapters.py status             # time and memory, for book/status.json
+python tools/chapters.py copies             # write copied definitions anew
+
+As many chapters run at once as there are cores, each with one thread.
 """
 
 import argparse
@@ -11,18 +14,25 @@ import os
 import platform
 import re
 import sys
+import tempfile
 import time
-from datetime import date
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import date, datetime
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
+
+from claims import find_claims
+from copies import copy_definitions
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
-STATUS_TABLE = ROOT / "book" / "status_table.md"
+STATUS = ROOT / "book" / "status.json"
+LIMIT = 600  # seconds that a cell may take in the tests (pyproject.toml)
 METADATA = {
     "kernelspec": {
         "display_name": "Python 3 (ipykernel)",
@@ -38,7 +48,7 @@ import json as _json, resource as _resource, sys as _sys
 import torch as _torch
 _peak = _resource.getrusage(_resource.RUSAGE_SELF).ru_maxrss
 _peak = _peak / (1024**3 if _sys.platform == "darwin" else 1024**2)
-print(_json.dumps({"torch": _torch.__version__, "gib": _peak}))
+print(_json.dumps({"torch": _torch.__version__, "memory": _peak}))
 """
 
 
@@ -47,47 +57,124 @@ def find_chapters(names: list[str]) -> list[Path]:
 
     Raises SystemExit, with the list of what there is, for a name that fits no chapter.
     """
-    chapters = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-    for name in names:
-        if not any(path.name.startswith(Path(name).stem) for path in chapters):
+    chapters = sorted(NOTEBOOKS.glob("[0-9][0-9]*_*.ipynb"))
+    found = []
+    for name in names or [""]:
+        stem = Path(name).stem
+        start = f"{stem}_" if re.fullmatch(r"\d\db?", stem) else stem
+        fitting = [path for path in chapters if path.name.startswith(start)]
+        if not fitting:
             known = ", ".join(path.stem for path in chapters)
             raise SystemExit(f"no chapter {name!r}. There are: {known}.")
-    wanted = tuple(Path(name).stem for name in names) or ("",)
-    return [path for path in chapters if path.name.startswith(wanted)]
+        found += fitting
+    return sorted(set(found))
 
 
-def execute(notebook: NotebookNode, **environment: str) -> NotebookNode:
+def read_status() -> dict[str, dict]:
+    """What was measured: name of a notebook -> seconds, memory, data, versions."""
+    return json.loads(STATUS.read_text(encoding="utf-8")) if STATUS.exists() else {}
+
+
+def at_once(function: Callable, calls: list[tuple], threads: int = 1) -> Iterator:
+    """Make the calls, one for each core at once; each and its result as it ends.
+
+    A call's first argument is the path of a notebook: the longest are begun first.
+    A result may be an exception that stopped the notebook.
+    """
+    seconds = {name: row["seconds"] for name, row in read_status().items()}
+    calls = sorted(calls, key=lambda call: -seconds.get(call[0].stem, 0))
+
+    def attempt(call: tuple):
+        try:
+            return function(*call)
+        except (CellExecutionError, DeadKernelError, TimeoutError) as error:
+            return error
+
+    workers = max(1, (os.cpu_count() or 1) // threads)
+    with ThreadPoolExecutor(workers) as pool:
+        running = {pool.submit(attempt, call): call for call in calls}
+        for future in as_completed(running):
+            yield running[future], future.result()
+
+
+def execute(
+    notebook: NotebookNode, claims: Path | None = None, **environment: str
+) -> NotebookNode:
     """Run the notebook among the chapters, with extra environment variables.
 
+    If a path is given, the values of its claims are noted there (tools/claims.py).
     Raises nbclient's CellExecutionError at the first cell that fails.
     """
+    arguments = []
+    if claims:
+        recorder = Path(__file__).with_name("claims.py")
+        line = f"__import__('runpy').run_path({str(recorder)!r}, run_name='kernel')"
+        arguments = [f"--IPKernelApp.exec_lines={line}"]
+        environment["BOOK_CLAIMS"] = str(claims)
     client = NotebookClient(
         notebook,
-        timeout=1800,
+        timeout=LIMIT,
         kernel_name="python3",
-        record_timing=False,
         coalesce_streams=True,
+        extra_arguments=arguments,
         resources={"metadata": {"path": str(NOTEBOOKS)}},
     )
-    client.execute(env={**os.environ, "TQDM_DISABLE": "1", **environment})
-    notebook.metadata = nbformat.from_dict(METADATA)
+    own = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    client.execute(env={**os.environ, **own, **environment})
+    needs = {
+        key: notebook.metadata[key] for key in ("torch",) if key in notebook.metadata
+    }
+    notebook.metadata = nbformat.from_dict(METADATA | needs)
     return notebook
 
 
-def refresh(path: Path) -> None:
-    """Store the outputs of a new run. If a cell fails, the file stays as it was."""
+def seconds_of(cell: NotebookNode) -> float:
+    """How long a cell ran, from the times that nbclient noted; they are removed."""
+    times = cell.metadata.pop("execution", {})
+    if "shell.execute_reply" not in times or "iopub.execute_input" not in times:
+        return 0.0
+    start, end = times["iopub.execute_input"], times["shell.execute_reply"]
+    passed = datetime.fromisoformat(end[:26]) - datetime.fromisoformat(start[:26])
+    return passed.total_seconds()
+
+
+def refresh(path: Path) -> float:
+    """Store the outputs of a new run, and what its claims with a comment measured.
+
+    If a cell fails, the file stays as it was. Returns the seconds that it took.
+    """
     notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in code:
+        cell.outputs, cell.execution_count = [], None
     started = time.perf_counter()
-    execute(notebook)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "claims")
+        log.touch()
+        execute(notebook, log)
+        noted = [json.loads(line) for line in log.read_text().splitlines()]
+    for number, cell in enumerate(code, 1):
+        seconds_of(cell)
+        cell.metadata.pop("measured", None)
+        if measured := left_sides(
+            cell.source, [n[1:] for n in noted if n[0] == number]
+        ):
+            cell.metadata["measured"] = measured
     new = path.with_suffix(".new")
     nbformat.write(notebook, new)
     os.replace(new, path)
-    print(
-        f"{path.stem}: stored after {time.perf_counter() - started:.0f} s", flush=True
-    )
+    return time.perf_counter() - started
+
+
+def left_sides(source: str, noted: list) -> dict[str, list[float]]:
+    """Line -> ends of the measured side of each claim that speaks of five seeds."""
+    found = {}
+    for claim in find_claims(source):
+        values = [v[claim.side] for line, _, v in noted if line == claim.line and v]
+        if claim.five_seeds and values and None not in values:
+            ends = (min(values), max(values))
+            found[str(claim.line)] = [float(f"{end:.4g}") for end in ends]
+    return found
 
 
 def data_read(notebook: NotebookNode) -> str:
@@ -115,63 +202,73 @@ def machine() -> str:
     )
 
 
-def measure(path: Path) -> str:
-    """Run a chapter without storing it; its row of the status table."""
+def measure(path: Path) -> dict:
+    """Run a chapter without storing it; its entry of book/status.json."""
     notebook = nbformat.read(path, as_version=4)
-    title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
+    data = data_read(notebook)
     notebook.cells.append(nbformat.v4.new_code_cell(MEASURE))
     started = time.perf_counter()
     execute(notebook)
     seconds = time.perf_counter() - started
-    found = json.loads(notebook.cells[-1].outputs[-1].text)
-    row = [
-        f"[{title}](../notebooks/{path.name})",
-        f"{seconds:.0f}",
-        f"{found['gib']:.1f}",
-        data_read(notebook),
-        found["torch"].split("+")[0],
-        date.today().isoformat(),
-    ]
-    print(f"{path.stem}: {seconds:.0f} s, {found['gib']:.2f} GB", flush=True)
-    return f"| {' | '.join(row)} |"
+    asked = json.loads(notebook.cells.pop().outputs[-1].text)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return {
+        "seconds": round(seconds),
+        "slowest cell": round(max(map(seconds_of, cells))),
+        "memory": round(asked["memory"], 1),
+        "data": data,
+        "torch": asked["torch"].split("+")[0],
+        "date": date.today().isoformat(),
+        "machine": machine(),
+    }
 
 
-def status() -> None:
-    """Measure every chapter, then write the table in one go."""
-    rows = [measure(path) for path in find_chapters([])]
-    head = "| chapter | seconds | peak memory (GB) | data read | torch | measured |"
-    table = [
-        f"Measured on: {machine()}.",
-        "",
-        head,
-        "|---|---:|---:|---|---|---|",
-        *rows,
-    ]
-    STATUS_TABLE.write_text("\n".join(table) + "\n", encoding="utf-8")
-    print(f"wrote {STATUS_TABLE.relative_to(ROOT)}")
+def run_status(names: list[str]) -> dict[str, Exception]:
+    """Measure the chapters; write what was measured in one go. What failed."""
+    rows, failed = read_status(), {}
+    for (path,), row in at_once(measure, [(path,) for path in find_chapters(names)]):
+        if isinstance(row, Exception):
+            failed[path.stem] = row
+            continue
+        print(f"{path.stem}: {row['seconds']} s, {row['memory']} GB", flush=True)
+        if row["slowest cell"] > LIMIT / 10:
+            print(f"  a cell takes {row['slowest cell']} s, over a tenth of its limit")
+        rows[path.stem] = row
+    there = {path.stem for path in find_chapters([])}
+    rows = {name: rows[name] for name in sorted(rows) if name in there}
+    STATUS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return failed
+
+
+def run_refresh(names: list[str]) -> dict[str, Exception]:
+    """Store the outputs of the chapters anew. What failed."""
+    failed = {}
+    for (path,), result in at_once(refresh, [(path,) for path in find_chapters(names)]):
+        if isinstance(result, Exception):
+            failed[path.stem] = result
+        else:
+            print(f"{path.stem}: stored after {result:.0f} s", flush=True)
+    return failed
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["refresh", "status"])
+    parser.add_argument("command", choices=["refresh", "status", "copies"])
     parser.add_argument("chapters", nargs="*", help="numbers or names; all if none")
     options = parser.parse_args(arguments)
-    if options.command == "status":
-        return status()
-    failed = []
-    for path in find_chapters(options.chapters):
-        try:
-            refresh(path)
-        except CellExecutionError as error:
-            failed.append(path.stem)
-            print(
-                f"{error}\n{path.name} is unchanged: mend the cell above",
-                file=sys.stderr,
-            )
+    if options.command == "copies":
+        for path in find_chapters(options.chapters):
+            for name in copy_definitions(path):
+                print(f"{path.stem}: wrote {name} anew")
+        return
+    run = {"refresh": run_refresh, "status": run_status}[options.command]
+    failed = run(options.chapters)
+    for name, error in failed.items():
+        print(f"{error}\n{name} is unchanged: mend the cell above", file=sys.stderr)
     if failed:
-        raise SystemExit(f"not refreshed: {', '.join(failed)}")
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

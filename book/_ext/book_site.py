@@ -1,18 +1,30 @@
-"""What the pages need beyond Sphinx: links to Colab and Binder, sizes of images.
+"""What the pages need beyond Sphinx: links, facts of the notebooks, sizes of images.
 
 The repository's address is never guessed. It comes from `BOOK_REPOSITORY_URL` (and
 `BOOK_REPOSITORY_BRANCH`), or from what GitHub Actions sets; where neither is there, the
 pages have no link that would need it.
+
+How long a notebook takes to read is computed from it, everything else about it is what
+`tools/chapters.py status` measured and wrote to book/status.json.
 """
 
+import json
 import os
 import re
 import shutil
 import struct
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
+import nbformat
+from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+from reading import reading_minutes  # noqa: E402
 
 # Assets of the theme and of Jupyter Book's extensions that our own layout replaces
 UNUSED = """vendor scripts styles images locales
@@ -30,6 +42,14 @@ FORM_TITLE = re.compile(r'<span class="c1"># ?@title [^<]*</span>\n')
 THEBE = re.compile(
     r'<script type="text/x-thebe-config">.*?</script>\s*<script>kernelName.*?</script>',
     re.DOTALL,
+)
+# A link whose text is its address: in print it needs no address behind it
+BARE_LINK = re.compile(
+    r'(<a class="reference external)(" href="(?:https://doi\.org/)?([^"]*)">\3<)'
+)
+# Where the text of a card that leads to a notebook ends
+CARD_END = re.compile(
+    r'</div>\s*<a class="sd-stretched-link [^>]*href="\.\./(notebooks/\w+)\.html"'
 )
 
 REDIRECT = """<!DOCTYPE html>
@@ -76,13 +96,69 @@ def links(page: str) -> list[dict[str, str]]:
     ]
 
 
-def part(app: Sphinx, page: str) -> str:
-    """The part of the book that a page belongs to."""
+def is_notebook(page: str) -> bool:
+    """Whether a page is a notebook, not one of the pages around them."""
+    return page.startswith("notebooks/")
+
+
+def contents(
+    app: Sphinx, above: str = "", part: str = "", depth: int = 0
+) -> Iterator[tuple[str, str, int]]:
+    """The pages below another in the book's order: name, part of the book, depth."""
     site_map = app.config.external_site_map
-    for subtree in site_map.root.subtrees:
-        if page in [str(item) for item in subtree.items]:
-            return subtree.caption or ""
-    return ""
+    for subtree in site_map[above or site_map.root.docname].subtrees:
+        for page in map(str, subtree.items):
+            yield page, subtree.caption or part, depth
+            yield from contents(app, page, subtree.caption or part, depth + 1)
+
+
+def facts(app: Sphinx, page: str) -> dict:
+    """Minutes to read a notebook and, once it was measured, what running it takes."""
+    notebook = nbformat.read(Path(app.srcdir, f"{page}.ipynb"), as_version=4)
+    status = Path(app.srcdir, "book", "status.json").read_text(encoding="utf-8")
+    measured = json.loads(status).get(Path(page).name, {})
+    return {"minutes": reading_minutes(notebook), **measured}
+
+
+class Notebooks(SphinxDirective):
+    """A table of all notebooks, the time to read them, and where they were measured."""
+
+    columns = "notebook | minutes to read | seconds to run | memory (GB) | data | torch"
+    keys = ["minutes", "seconds", "memory", "data", "torch", "date"]
+
+    def run(self) -> list[nodes.Node]:
+        app = self.env.app
+        pages = [(page, depth) for page, _, depth in contents(app) if is_notebook(page)]
+        found = {page: facts(app, page) for page, _ in pages}
+        lines = [f"| {self.columns} | measured |", "|---|---:|---:|---:|---|---|---|"]
+        machines: dict[str, list[str]] = {}
+        for page, measured in found.items():
+            cells = [str(measured.get(key, "")) for key in self.keys]
+            lines.append(f"| [](/{page}.ipynb) | {' | '.join(cells)} |")
+            if machine := measured.get("machine"):
+                machines.setdefault(machine, []).append(Path(page).name.split("_")[0])
+
+        chapters = sum(found[page]["minutes"] for page, depth in pages if not depth)
+        everything = sum(measured["minutes"] for measured in found.values())
+        lines += ["", f"Reading all chapters takes {duration(chapters)}"]
+        if everything > chapters:
+            lines[-1] += f", with the in-depth notebooks {duration(everything)}"
+        lines[-1] += "."
+        for machine, names in machines.items():
+            several = f" ({', '.join(names)})" if len(machines) > 1 else ""
+            lines += ["", f"Measured on: {machine}{several}."]
+
+        result = self.parse_text_to_nodes("\n".join(lines))
+        result[0]["classes"].append("notebooks")
+        rows = list(result[0].findall(nodes.row))[1:]
+        for row, (_, depth) in zip(rows, pages, strict=True):
+            row["classes"] += ["below"] if depth else []
+        return result
+
+
+def duration(minutes: int) -> str:
+    """Minutes, and roughly how many hours that is."""
+    return f"{minutes:,} minutes ({minutes / 60:.0f} hours)"
 
 
 def size_of_png(path: Path) -> tuple[int, int] | None:
@@ -107,6 +183,9 @@ def finish_body(app: Sphinx, body: str) -> str:
             tag = tag.replace("<img ", f'<img width="{size[0]}" height="{size[1]}" ')
         return tag.replace("<img ", '<img loading="lazy" decoding="async" ')
 
+    def minutes(match: re.Match) -> str:
+        return f'<p class="minutes">{facts(app, match[1])["minutes"]} min</p>{match[0]}'
+
     body = re.sub(r"<img [^>]*>", image, body)
     body = THEBE.sub("", body)
     body = FORM_TITLE.sub("", body)
@@ -114,16 +193,20 @@ def finish_body(app: Sphinx, body: str) -> str:
     body = body.replace("tex2jax_ignore mathjax_ignore", "")
     body = body.replace(' role="list"', "")  # of citations, which are no list items
     body = body.replace(' aria-label="Toggle hidden content"', "")
+    body = BARE_LINK.sub(r"\1 bare\2", body)
+    body = CARD_END.sub(minutes, body)
     body = re.sub(r"<table\b", '<div class="wide"><table', body)
     return body.replace("</table>", "</table></div>")
 
 
 def add_to_page(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:
-    """Pass part, links and the finished text on to the page's template."""
-    notebook = page.startswith("notebooks/")
-    context["part"] = part(app, page)
+    """Pass part, links, facts and the finished text on to the page's template."""
+    notebook = is_notebook(page)
+    parts = {name: part for name, part, _ in contents(app)}
+    context["part"] = parts.get(page, "")
     context["links"] = links(page) if notebook else []
     context["notebook"] = f"_sources/{page}.ipynb" if notebook else ""
+    context["facts"] = facts(app, page) if notebook else {}
     if context.get("body"):
         context["body"] = finish_body(app, context["body"])
 
@@ -147,6 +230,7 @@ def tidy(app: Sphinx, exception: Exception | None) -> None:
 
 def setup(app: Sphinx) -> dict:
     """Connect to Sphinx."""
+    app.add_directive("notebooks", Notebooks)
     app.connect("html-page-context", add_to_page, priority=900)
     app.connect("build-finished", tidy)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
