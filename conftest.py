@@ -219,6 +219,7 @@ def pytest_collection_modifyitems(config, items):
         kept = [item for item in kept if f"{chapter}_" in item.nodeid]
     rows = json.loads(STATUS.read_text(encoding="utf-8")) if STATUS.exists() else {}
     seconds = {f"{name}.ipynb": row["seconds"] for name, row in rows.items()}
+    seconds["test_parameters.py"] = sum(seconds.values())  # it runs them all
     kept.sort(key=lambda item: -seconds.get(item.path.name, 0))  # stable
     dropped = set(items) - set(kept)
     config.hook.pytest_deselected(items=[i for i in items if i in dropped])

@@ -173,7 +173,7 @@ def left_sides(source: str, noted: list) -> dict[str, list[float]]:
         values = [v[claim.side] for line, _, v in noted if line == claim.line and v]
         if claim.five_seeds and values and None not in values:
             ends = (min(values), max(values))
-            found[str(claim.line)] = [float(f"{end:.4g}") for end in ends]
+            found[str(claim.line)] = [float(f"{end:.6g}") for end in ends]
     return found
 
 
