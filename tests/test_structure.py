@@ -63,8 +63,6 @@ FIXED = {
 }
 # How many comments "five seeds" are no range, or a range without the stored value
 COMMENTS = {
-    "03_data_and_dataloader": 7,
-    "04_training_and_evaluation": 15,
     "07_resnet_from_scratch": 15,
     "09_text_to_tensors": 11,
     "11_transformer_classifier": 13,
