@@ -1,6 +1,8 @@
 """Read the notebooks in tests: their code cells, and definitions out of them."""
 
 import ast
+import contextlib
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,3 +124,17 @@ def load_definitions(path: Path, *names: str) -> dict:
     if missing := wanted - found:
         raise LookupError(f"{Path(path).name} does not define {sorted(missing)}")
     return namespace
+
+
+def run_twice(sources: list[str], namespace: dict) -> list[str]:
+    """Run each cell twice in a row: both times it prints the same. What they print."""
+    printed = []
+    for source in sources:
+        texts = []
+        for _ in range(2):
+            with contextlib.redirect_stdout(io.StringIO()) as output:
+                exec(source, namespace)
+            texts.append(output.getvalue())
+        assert texts[0] == texts[1], source
+        printed.append(texts[0])
+    return printed

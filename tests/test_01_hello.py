@@ -1,7 +1,5 @@
 """Chapter 1: its formulas against references, its cells run twice, its data."""
 
-import contextlib
-import io
 import shutil
 
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from notebooks import NOTEBOOKS, code_cells, load_definitions
+from notebooks import NOTEBOOKS, code_cells, load_definitions, run_twice
 
 PATH = NOTEBOOKS / "01_hello_pytorch.ipynb"
 CHAPTER = load_definitions(PATH, "mse", "mse_gradient", "descend", "condition")
@@ -61,14 +59,7 @@ def test_the_condition_number_is_that_of_the_table_squared():
 
 def test_cells_may_be_run_twice_up_to_the_learning_rate():
     """The training loop of section 1.6 went on from where its first run ended."""
-    namespace = {}
-    for source in plain_cells(until="runs = {lr"):
-        texts = []
-        for _ in range(2):
-            with contextlib.redirect_stdout(io.StringIO()) as printed:
-                exec(source, namespace)
-            texts.append(printed.getvalue())
-        assert texts[0] == texts[1], source
+    run_twice(list(plain_cells(until="runs = {lr")), {})
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Chapter 2: the scalar engine, the optimisers and the graph walk against PyTorch."""
 
 import ast
-import contextlib
-import io
 import math
 import random
 
@@ -10,7 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from notebooks import NOTEBOOKS, code_cells, load_definitions, section, statements
+from notebooks import (
+    NOTEBOOKS,
+    code_cells,
+    load_definitions,
+    run_twice,
+    section,
+    statements,
+)
 
 PATH = NOTEBOOKS / "02_autograd.ipynb"
 ENGINE = ("topological_order", "Node", "Arithmetic", "Value")
@@ -321,17 +326,6 @@ def test_hessian_vector_product():
     x, v = torch.randn(2, 6, dtype=torch.float64)
     product = CHAPTER["hvp"](lambda x: x @ matrix @ x, x, v)
     torch.testing.assert_close(product, (matrix + matrix.T) @ v)
-
-
-def run_twice(sources: list[str], namespace: dict) -> None:
-    """Run each cell twice in a row: both times it prints the same."""
-    for source in sources:
-        texts = []
-        for _ in range(2):
-            with contextlib.redirect_stdout(io.StringIO()) as printed:
-                exec(source, namespace)
-            texts.append(printed.getvalue())
-        assert texts[0] == texts[1], source
 
 
 def set_up() -> dict:

@@ -1,7 +1,5 @@
 """The definitions of chapter 3 against references: torch, NumPy, scikit-learn."""
 
-import contextlib
-import io
 import os
 import shutil
 import subprocess
@@ -22,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from notebooks import NOTEBOOKS, code_cells, load_definitions, section
+from notebooks import NOTEBOOKS, code_cells, load_definitions, run_twice, section
 
 PATH = NOTEBOOKS / "03_data_and_dataloader.ipynb"
 
@@ -265,22 +263,11 @@ def test_samples_are_copies(chapter):
 # Cells
 
 
-def run_twice(source: str, namespace: dict) -> str:
-    """Run a cell twice in a row: both times it prints the same. What it prints."""
-    texts = []
-    for _ in range(2):
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(source, namespace)
-        texts.append(printed.getvalue())
-    assert texts[0] == texts[1], source
-    return texts[0]
-
-
 def set_up() -> dict:
     """A namespace in which the chapter's parameters and its set-up have been run."""
     namespace: dict = {"__name__": PATH.stem}
     for cell in code_cells(PATH)[:3]:
-        run_twice(cell.source, namespace)
+        run_twice([cell.source], namespace)
     return namespace | load_definitions(PATH, "SEED", "check_data", "seeded")
 
 
@@ -291,12 +278,12 @@ def test_loaders_and_photographs_may_be_made_twice():
     namespace["counts"] = namespace["labels"].bincount()
     for source in section(PATH, "3.10", "3.11"):
         if "plt." not in source:
-            run_twice(source, namespace)
+            run_twice([source], namespace)
     namespace["photos"] = 2 * [torch.zeros(416, 640, 3, dtype=torch.uint8)]
     with tempfile.TemporaryDirectory() as folder:
         namespace["workspace"] = type("Workspace", (), {"name": folder})
         cells = [s for s in section(PATH, "3.11", "3.12") if "photo_root =" in s]
-        assert "32 photographs" in run_twice(cells[0], namespace)
+        assert "32 photographs" in run_twice(cells[:1], namespace)[0]
 
 
 @pytest.fixture
@@ -312,7 +299,7 @@ def read_digits(tmp_path, monkeypatch):
     def read(**parameters) -> dict:
         namespace = set_up() | {"DATA_DIR": "~/bookdata"} | parameters
         for source in cells[first : first + 2]:
-            run_twice(source, namespace)
+            run_twice([source], namespace)
         return namespace
 
     return read, raw

@@ -1,7 +1,5 @@
 """Chapter 4: metrics against scikit-learn, loop, augmentation, checkpoints."""
 
-import contextlib
-import io
 import math
 import shutil
 from types import SimpleNamespace
@@ -11,7 +9,7 @@ import torch
 from sklearn import metrics
 from torch import nn
 
-from notebooks import NOTEBOOKS, code_cells, load_definitions, section
+from notebooks import NOTEBOOKS, code_cells, load_definitions, run_twice, section
 
 PATH = NOTEBOOKS / "04_training_and_evaluation.ipynb"
 CHAPTER = load_definitions(
@@ -394,17 +392,6 @@ def test_sizes_that_do_not_fit_are_named():
 
 
 # Cells
-
-
-def run_twice(sources: list[str], namespace: dict) -> None:
-    """Run each cell twice in a row: both times it prints the same."""
-    for source in sources:
-        texts = []
-        for _ in range(2):
-            with contextlib.redirect_stdout(io.StringIO()) as printed:
-                exec(source, namespace)
-            texts.append(printed.getvalue())
-        assert texts[0] == texts[1], source
 
 
 def set_up() -> dict:
