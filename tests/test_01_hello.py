@@ -5,12 +5,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+from sklearn.linear_model import LinearRegression
 from torch.nn import functional as F
 
 from notebooks import NOTEBOOKS, code_cells, load_definitions, run_twice
 
 PATH = NOTEBOOKS / "01_hello_pytorch.ipynb"
-CHAPTER = load_definitions(PATH, "mse", "mse_gradient", "descend", "condition")
+CHAPTER = load_definitions(
+    PATH,
+    *("mse", "mse_gradient", "descend", "log_likelihood", "SIGMA"),
+    *("with_ones", "least_squares", "curvatures", "fit", "SEED"),
+)
 
 
 def plain_cells(until: str) -> list[str]:
@@ -50,15 +56,66 @@ def test_descent_finds_the_line():
     assert history[-1][:2] == pytest.approx((2, 1), abs=1e-3)
 
 
-def test_the_condition_number_is_that_of_the_table_squared():
-    inputs = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-    table = np.column_stack([inputs, np.ones(50)]).astype(np.float64)
-    expected = np.linalg.cond(table) ** 2
-    assert CHAPTER["condition"](inputs) == pytest.approx(expected, rel=1e-6)
+def test_the_likelihood_is_that_of_scipy(monkeypatch):
+    x, y = houses()
+    y = y + 0.1 * x.cos()
+    monkeypatch.setitem(CHAPTER, "x", x)
+    monkeypatch.setitem(CHAPTER, "y", y)
+    expected = stats.norm.logpdf(y, loc=1.9 * x + 1.1, scale=CHAPTER["SIGMA"]).sum()
+    assert CHAPTER["log_likelihood"](1.9, 1.1) == pytest.approx(expected, rel=1e-5)
+
+
+def table(number: int = 50) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three inputs of different means and spreads, and noisy targets."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(number, 3, generator=generator)
+    inputs = inputs * torch.tensor([1.0, 0.5, 2.0]) + torch.tensor([0.0, 1.0, -1.0])
+    noise = torch.randn(number, 1, generator=generator)
+    return inputs, inputs.sum(dim=1, keepdim=True) - 0.5 + noise
+
+
+def test_least_squares_is_scikit_learns():
+    inputs, targets = table()
+    reference = LinearRegression().fit(inputs.numpy(), targets.numpy())
+    expected = np.append(reference.coef_[0], reference.intercept_)
+    solution = CHAPTER["least_squares"](inputs, targets)
+    np.testing.assert_allclose(solution[:, 0], expected, atol=1e-4)
+    predicted = CHAPTER["with_ones"](inputs) @ solution
+    np.testing.assert_allclose(predicted, reference.predict(inputs.numpy()), atol=1e-4)
+
+
+def test_training_reaches_scikit_learns_parameters():
+    inputs, targets = table()
+    reference = LinearRegression().fit(inputs.numpy(), targets.numpy())
+    model, losses = CHAPTER["fit"](inputs, targets, lr=0.1, steps=1000)
+    np.testing.assert_allclose(model.weight.detach(), reference.coef_, atol=1e-3)
+    np.testing.assert_allclose(model.bias.detach(), reference.intercept_, atol=1e-3)
+    assert len(losses) == 1001 and losses[-1] < losses[0]
+
+
+def test_the_curvatures_are_those_of_the_hessian():
+    inputs, targets = table()
+
+    def loss(parameters: torch.Tensor) -> torch.Tensor:
+        prediction = inputs.double() @ parameters[:3] + parameters[3]
+        return F.mse_loss(prediction, targets[:, 0].double())
+
+    start = torch.ones(4, dtype=torch.float64)
+    hessian = torch.autograd.functional.hessian(loss, start)
+    expected = np.linalg.eigvalsh(hessian)
+    np.testing.assert_allclose(CHAPTER["curvatures"](inputs), expected, rtol=1e-9)
+
+
+def test_above_the_limit_training_explodes_and_below_it_does_not():
+    inputs, targets = table()
+    limit = 2 / CHAPTER["curvatures"](inputs)[-1].item()
+    _, below = CHAPTER["fit"](inputs, targets, 0.97 * limit, steps=400)
+    _, above = CHAPTER["fit"](inputs, targets, 1.03 * limit, steps=400)
+    assert below[-1] < below[0] and above[-1] > 1e3 * above[0]
 
 
 def test_cells_may_be_run_twice_up_to_the_learning_rate():
-    """The training loop of section 1.6 went on from where its first run ended."""
+    """A training loop must not go on from where its first run ended."""
     run_twice(list(plain_cells(until="runs = {lr")), {})
 
 
