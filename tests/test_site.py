@@ -97,7 +97,7 @@ def build(folder: Path, *options: str, **address: str) -> Path:
     jupyter_book = str(Path(sys.executable).with_name("jupyter-book"))
     command = [jupyter_book, "build", ".", "--all", *options]
     result = subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, timeout=300
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=1800
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "_build" / "html"
