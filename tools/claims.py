@@ -138,5 +138,7 @@ def note_claim(cell: int, line: int, held, values: list) -> None:
 if __name__ == "kernel":
     builtins.__note_claim = note_claim
     shell = builtins.get_ipython()
+    numbers = [0]  # of cells that ran; IPython 8 and 9 count before and after a cell
+    shell.events.register("pre_run_cell", lambda info: numbers.append(len(numbers)))
     enforce = "BOOK_CLAIMS_ONLY" not in os.environ
-    shell.ast_transformers.append(Recorder(lambda: shell.execution_count, enforce))
+    shell.ast_transformers.append(Recorder(lambda: numbers[-1], enforce))
