@@ -1,8 +1,9 @@
-"""Chapter 2: the scalar engine, the optimisers and the graph walk against PyTorch."""
+"""Chapter 2: the scalar engine, the rules and the graph walk against PyTorch."""
 
 import ast
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -18,28 +19,29 @@ from notebooks import (
 )
 
 PATH = NOTEBOOKS / "02_autograd.ipynb"
-ENGINE = ("topological_order", "Node", "Arithmetic", "Value")
+ENGINE = ("Value", "lift", "backward", "tanh")
+RULES = ("gradient_descent", "momentum", "adam", "nesterov")
 CHAPTER = load_definitions(
     PATH,
     *ENGINE,
+    *RULES,
+    "exp",
     "random_expression",
-    "value_mlp",
-    "value_loss",
+    "value_network",
     "as_values",
-    "GradientDescent",
-    "Momentum",
-    "Adam",
+    "count_flops",
+    "wide_bowl",
     "rosenbrock",
     "walk",
+    "torch_walk",
+    "NeverZeroed",
     "steps_needed",
-    "Softplus",
-    "RoundStraightThrough",
     "graph_edges",
     "graph_places",
     "graph_labels",
+    "graph_slopes",
     "newton_sqrt",
-    "hvp",
-    "Nesterov",
+    "slope_through",
 )
 Value = CHAPTER["Value"]
 
@@ -76,16 +78,14 @@ def test_random_expressions_agree_in_value_and_gradient(seed):
         lambda a: 4 / a,
         lambda a: a / a,
         lambda a: a - a,
-        lambda a: -a,
         lambda a: a**3,
         lambda a: a**0.5,
         lambda a: a**-2,
         lambda a: a**0,
         lambda a: a.exp(),
-        lambda a: a.log(),
         lambda a: a.tanh(),
-        lambda a: a.relu(),
-        lambda a: (a - 5).relu(),
+        lambda a: (a - 5).tanh(),
+        lambda a: a.tanh().exp() / a,
     ],
 )
 def test_each_operation(f):
@@ -97,8 +97,8 @@ def test_each_operation(f):
     assert ours.grad == pytest.approx(theirs.grad.item(), rel=1e-12, abs=1e-12)
 
 
-def test_kinks_and_powers_at_zero_follow_torch():
-    for f in (lambda a: a.relu(), lambda a: a**2, lambda a: a**1, lambda a: a**0):
+def test_powers_at_zero_follow_torch():
+    for f in (lambda a: a**2, lambda a: a**1, lambda a: a**0):
         ours, theirs = Value(0.0), leaf(0.0)
         f(ours).backward()
         f(theirs).backward()
@@ -116,7 +116,6 @@ def test_deep_graph_needs_no_recursion():
     result = chain(*ours)
     result.backward()
     chain(*theirs).backward()
-    assert len(CHAPTER["topological_order"](result)) > 10_000
     for a, b in zip(ours, theirs, strict=True):
         assert a.grad == pytest.approx(b.grad.item(), rel=1e-9)
 
@@ -124,25 +123,21 @@ def test_deep_graph_needs_no_recursion():
 def test_diamonds_multiply_the_paths():
     """Forty stacked diamonds have 2**40 paths: each node must be visited once."""
     ours, theirs = Value(0.5), leaf(0.5)
-    for leaf_, check in ((ours, False), (theirs, True)):
-        value = leaf_
+    for value in (ours, theirs):
         for _ in range(40):
             value = value + value * 0.5
-        if not check:
-            assert len(CHAPTER["topological_order"](value)) == 1 + 40 * 3
         value.backward()
     assert ours.grad == pytest.approx(1.5**40)
     assert ours.grad == pytest.approx(theirs.grad.item())
 
 
-def test_order_puts_parents_first():
+def test_a_result_is_younger_than_what_it_was_computed_from():
     nodes = [Value(v) for v in (0.1, 0.2, 0.3)]
-    root = CHAPTER["random_expression"](7, nodes)
-    order = CHAPTER["topological_order"](root)
-    position = {node: number for number, node in enumerate(order)}
-    assert order[-1] is root and len(position) == len(order)
-    for node in order:
-        assert all(position[parent] < position[node] for parent in node.parents)
+    to_visit = [CHAPTER["random_expression"](7, nodes)]
+    while to_visit:
+        node = to_visit.pop()
+        assert all(parent.number < node.number for parent in node.parents)
+        to_visit.extend(node.parents)
 
 
 def test_backward_accumulates_in_leaves_only():
@@ -155,8 +150,6 @@ def test_backward_accumulates_in_leaves_only():
 
 
 def test_errors_are_those_of_python():
-    with pytest.raises(ValueError, match="domain"):
-        Value(-1.0).log()
     with pytest.raises(ZeroDivisionError):
         Value(1.0) / Value(0.0)
     with pytest.raises(OverflowError):
@@ -166,13 +159,11 @@ def test_errors_are_those_of_python():
 def test_network_of_values_agrees_with_torch():
     torch.manual_seed(3)
     net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-    points, labels = torch.randn(2, 6, dtype=torch.float64).T, torch.randn(6).double()
-    hidden = [
-        [Value(v) for v in (*w.tolist(), b.item())]
-        for w, b in zip(net[0].weight, net[0].bias, strict=True)
-    ]
-    output = [Value(v) for v in (*net[2].weight[0].tolist(), net[2].bias.item())]
-    loss = CHAPTER["value_loss"](points.tolist(), labels.tolist(), hidden, output)
+    points = torch.randn(6, 2, dtype=torch.float64)
+    labels = torch.randn(6, dtype=torch.float64)
+    hidden, output = CHAPTER["as_values"](net)
+    guesses = [CHAPTER["value_network"](p, hidden, output) for p in points.tolist()]
+    loss = sum((g - t) ** 2 for g, t in zip(guesses, labels.tolist(), strict=True)) / 6
     loss.backward()
     reference = nn.functional.mse_loss(net(points)[:, 0], labels)
     reference.backward()
@@ -187,61 +178,55 @@ def test_engine_is_under_60_lines_of_code():
     """Without docstrings, comments and blank lines."""
     lines = 0
     for statement in statements(PATH):
-        if getattr(statement, "name", None) in ENGINE:
+        attached = re.match(r"Value\.(backward|tanh) =", ast.unparse(statement))
+        if getattr(statement, "name", None) in ENGINE or attached:
             for node in ast.walk(statement):
                 if isinstance(node, ast.ClassDef | ast.FunctionDef):
                     if ast.get_docstring(node) is not None:
                         node.body = node.body[1:]
             lines += len(ast.unparse(statement).split("\n"))
             lines -= ast.unparse(statement).split("\n").count("")
-    assert 40 < lines < 60
+    assert 35 < lines < 60
 
 
 OPTIMISERS = {
-    "GradientDescent": (torch.optim.SGD, {}, {}),
-    "Momentum": (torch.optim.SGD, {"momentum": 0.9}, {}),
-    "Nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}, {}),
-    "Adam": (torch.optim.Adam, {}, {}),
-    "Adam, other betas": (torch.optim.Adam, *[{"betas": (0.8, 0.95)}] * 2),
+    "gradient_descent": (torch.optim.SGD, {}, {}),
+    "momentum": (torch.optim.SGD, {"momentum": 0.9}, {}),
+    "momentum, other beta": (torch.optim.SGD, {"momentum": 0.7}, {"beta": 0.7}),
+    "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}, {}),
+    "adam": (torch.optim.Adam, {}, {}),
+    "adam, other betas": (torch.optim.Adam, *[{"betas": (0.8, 0.95)}] * 2),
 }
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
 @pytest.mark.parametrize("lr", [1e-3, 1e-2])
-def test_optimisers_agree_with_torch(name, lr):
+def test_rules_agree_with_torch(name, lr):
     official, their_options, our_options = OPTIMISERS[name]
+    rule = CHAPTER[name.split(",")[0]]
     torch.manual_seed(0)
-    features, labels = torch.randn(32, 5), torch.randn(32, 1)
+    features, labels = torch.randn(32, 5).double(), torch.randn(32, 1).double()
     nets = []
     for _ in range(2):
         torch.manual_seed(1)
         nets.append(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).double())
-    ours = CHAPTER[name.split(",")[0]](nets[0].parameters(), lr=lr, **our_options)
-    theirs = official(nets[1].parameters(), lr=lr, **their_options)
+    optimizer = official(nets[1].parameters(), lr=lr, **their_options)
+    states: dict = {p: {} for p in nets[0].parameters()}
     for _ in range(50):
-        for net, optimizer in zip(nets, (ours, theirs), strict=True):
-            optimizer.zero_grad()
-            nn.functional.mse_loss(net(features.double()), labels.double()).backward()
-            optimizer.step()
+        for net in nets:
+            net.zero_grad()
+            nn.functional.mse_loss(net(features), labels).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for p, state in states.items():
+                p += rule(p.grad, state, lr, **our_options)
         for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
             assert (a - b).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("name", ["GradientDescent", "Momentum", "Nesterov", "Adam"])
-def test_optimisers_leave_parameters_without_gradient_alone(name):
-    used, unused = leaf(1.0), leaf(1.0)
-    optimizer = CHAPTER[name]([unused, used], lr=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        (used**2).backward()
-        optimizer.step()
-    assert unused.item() == 1.0
-    assert used.item() < 1.0
-
-
 def test_walks_at_once_equal_walks_one_by_one():
     start, rates = (-1.2, 1.0), torch.tensor([[1e-3], [5e-3]], dtype=torch.float64)
-    for name in ("GradientDescent", "Momentum", "Adam"):
+    for name in RULES:
         args = (CHAPTER["rosenbrock"], start, 20, CHAPTER[name])
         together = CHAPTER["walk"](*args, rates)
         assert together.shape == (21, 2, 2)
@@ -253,34 +238,26 @@ def test_walks_at_once_equal_walks_one_by_one():
 def test_steps_needed_counts_until_the_loss_stays_low():
     losses = torch.tensor([[9.0, 9.0, 9.0], [0.5, 5.0, 0.5], [3.0, 5.0, 0.5]]).double()
     losses = torch.cat([losses, torch.tensor([[0.5, math.nan, 0.5]]).double()])
-    paths = torch.stack([losses, torch.zeros_like(losses)], dim=2)
-    steps = CHAPTER["steps_needed"](lambda x, y: x + y, paths, 1.0)
+    steps = CHAPTER["steps_needed"](losses, 1.0)
     assert steps.tolist() == [3, 999, 1]
 
 
-def test_softplus_and_its_derivatives():
-    softplus = CHAPTER["Softplus"].apply
-    inputs = torch.linspace(-6, 6, 13, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(softplus(inputs), nn.functional.softplus(inputs))
-    assert torch.autograd.gradcheck(softplus, inputs)
-    assert torch.autograd.gradgradcheck(softplus, inputs)
-    extreme = torch.tensor([-1e4, -90.0, 90.0, 1e4], requires_grad=True)
-    (slopes,) = torch.autograd.grad(softplus(extreme).sum(), extreme)
-    assert slopes.isfinite().all() and softplus(extreme).isfinite().all()
+def test_never_zeroed_follows_the_sum_of_all_gradients():
+    args = (CHAPTER["wide_bowl"], (-5.0, 0.5), 20)
+    forgotten = CHAPTER["torch_walk"](*args, CHAPTER["NeverZeroed"], 0.05)
+    reference = CHAPTER["torch_walk"](*args, torch.optim.SGD, 0.05, momentum=1.0)
+    torch.testing.assert_close(forgotten, reference)
 
 
-def test_softplus_works_with_torch_func():
-    softplus = CHAPTER["Softplus"].apply
-    x = torch.tensor([-3.0, 0.0, 3.0], dtype=torch.float64)
-    slopes = torch.func.grad(lambda x: softplus(x).sum())(x)
-    torch.testing.assert_close(slopes, torch.sigmoid(x))
+@pytest.mark.parametrize("rows", [1, 7])
+def test_flops_of_a_layer(rows):
+    flops = CHAPTER["count_flops"](nn.Linear(3, 5), torch.ones(rows, 3))
+    assert flops == 2 * rows * 3 * 5
 
 
-def test_straight_through_rounds_and_passes_the_gradient():
-    x = torch.tensor([0.2, 1.7, -2.4], requires_grad=True)
-    y = CHAPTER["RoundStraightThrough"].apply(x)
-    (3 * y).sum().backward()
-    assert y.tolist() == [0, 2, -2] and x.grad.tolist() == [3, 3, 3]
+def test_what_cuts_the_graph():
+    assert CHAPTER["slope_through"](lambda p: p.detach()) == "cut"
+    assert CHAPTER["slope_through"](lambda p: 3 * p) == "[3.0, 3.0]"
 
 
 def test_graph_walk_finds_each_node_once_and_deep_graphs_too():
@@ -311,6 +288,26 @@ def test_graph_places_put_every_arrow_from_right_to_left():
     assert "leaf (4, 3)" in labels.values() and "Addmm" in labels.values()
 
 
+def test_arrows_carry_the_slopes_and_leave_grad_alone():
+    a, b = torch.tensor(2.0, requires_grad=True), torch.tensor(5.0, requires_grad=True)
+    result = (3 * a) * a**2 + b
+    edges = CHAPTER["graph_edges"](result)
+    carried = CHAPTER["graph_slopes"](result, edges)
+    into = {"a": [], "b": []}
+    for (node, i), text in carried.items():
+        leaf_ = getattr(edges[node][i], "variable", None)
+        if leaf_ is not None:
+            into["a" if leaf_ is a else "b"].append(float(text))
+    assert sorted(into["a"]) == [12, 24] and into["b"] == [1]
+    assert a.grad is None and b.grad is None
+    result.backward()  # the drawing has not freed the graph
+    assert a.grad.item() == 36
+    net = nn.Linear(3, 5)
+    loss = net(torch.ones(4, 3)).sum()
+    shapes = CHAPTER["graph_slopes"](loss, CHAPTER["graph_edges"](loss)).values()
+    assert {"(4, 5)", "(5)", "(5, 3)"} <= set(shapes)
+
+
 @pytest.mark.parametrize("number", [1e-3, 0.3, 1.0, 2.0, 1e4])
 def test_gradient_through_a_loop(number):
     x = leaf(number)
@@ -320,14 +317,6 @@ def test_gradient_through_a_loop(number):
     assert x.grad.item() == pytest.approx(0.5 / math.sqrt(number), rel=1e-6)
 
 
-def test_hessian_vector_product():
-    torch.manual_seed(0)
-    matrix = torch.randn(6, 6, dtype=torch.float64)
-    x, v = torch.randn(2, 6, dtype=torch.float64)
-    product = CHAPTER["hvp"](lambda x: x @ matrix @ x, x, v)
-    torch.testing.assert_close(product, (matrix + matrix.T) @ v)
-
-
 def set_up() -> dict:
     """A namespace in which the chapter's parameters and its set-up have been run."""
     namespace: dict = {"__name__": PATH.stem}
@@ -335,17 +324,18 @@ def set_up() -> dict:
     return namespace
 
 
-@pytest.mark.parametrize(("number", "until"), [("2.5", "2.6"), ("2.9", "2.10")])
+@pytest.mark.parametrize(("number", "until"), [("2.5", "2.6"), ("2.7", "2.8")])
 def test_cells_may_be_run_twice(number, until):
-    """The graph was freed by the first run; the value had been changed by it."""
-    run_twice(section(PATH, number, until), set_up())
+    """The graph was freed by the first run; a value had been changed by it."""
+    shared = {name: CHAPTER[name] for name in ("graph_edges", "newton_sqrt")}
+    run_twice(section(PATH, number, until), set_up() | shared)
 
 
 def test_training_twice_starts_from_the_same_network():
     namespace = set_up() | CHAPTER | {"ENGINE_STEPS": 3}
     runs = []
-    for source in section(PATH, "2.12", "2.13"):
-        if "untrained =" in source or "our_losses, torch_losses" in source:
+    for source in section(PATH, "2.8", "2.9"):
+        if "untrained =" in source or "our_losses, torch_losses =" in source:
             for _ in range(2):
                 exec(source, namespace)
                 runs.append(namespace.get("our_losses"))
@@ -356,7 +346,7 @@ def test_the_values_of_a_network_are_its_parameters():
     net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
     hidden, output = CHAPTER["as_values"](net)
     point = [0.3, -0.7]
-    ours = CHAPTER["value_mlp"](point, hidden, output).data
+    ours = CHAPTER["value_network"](point, hidden, output).data
     assert ours == pytest.approx(net(torch.tensor(point).double()).item())
 
 

@@ -1,14 +1,13 @@
-"""Chapter 5: the module, the summary and the loader of the chapter against PyTorch."""
+"""Chapter 5: module, summary and renamed files of the chapter against PyTorch."""
 
 import random
-import warnings
 
 import pytest
 import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from notebooks import NOTEBOOKS, code_cells, load_definitions, section
+from notebooks import NOTEBOOKS, load_definitions
 
 CHAPTER = NOTEBOOKS / "05_module_tools.ipynb"
 
@@ -17,10 +16,10 @@ CHAPTER = NOTEBOOKS / "05_module_tools.ipynb"
 def chapter() -> dict:
     return load_definitions(
         CHAPTER,
-        *("Registry", "MiniModule", "record", "summarise", "draw_graph"),
-        *("rename_keys", "find_misfits", "load_renamed", "xavier_std", "kaiming_std"),
-        *("Block", "DigitNet", "RenamedNet", "TiedModel", "LowRank", "fold"),
-        *("FrozenDigitNet", "with_new_head", "FixedCentre", "Centre", "listening"),
+        *("MiniModule", "record", "summarise", "snapshot", "changed", "swap"),
+        *("rename_keys", "xavier_std", "kaiming_std", "make_deep", "DEPTH"),
+        *("Block", "DigitNet", "RenamedNet", "FrozenDigitNet", "with_new_head"),
+        *("listening", "MultiTask"),
     )
 
 
@@ -49,8 +48,6 @@ def grow(base: type, seed: int, depth: int = 0):
 @pytest.mark.parametrize("seed", range(40))
 def test_mini_module_agrees_on_names_and_order(chapter, seed):
     mini, real = grow(chapter["MiniModule"], seed), grow(nn.Module, seed)
-    expected = [(name, p.shape) for name, p in real.named_parameters()]
-    assert [(name, p.shape) for name, p in mini.named_parameters()] == expected
     state, wanted = mini.state_dict(), real.state_dict()
     assert list(state) == list(wanted)
     assert all(torch.equal(state[key], wanted[key]) for key in wanted)
@@ -74,6 +71,52 @@ def test_mini_module_reads_back_what_it_registered(chapter):
         _ = module.absent
 
 
+def test_a_module_without_init_cannot_take_a_layer():
+    class Forgot(nn.Module):
+        def __init__(self):
+            self.layer = nn.Linear(2, 1)
+
+    with pytest.raises(AttributeError, match="assign module before Module.__init__"):
+        Forgot()
+
+
+def test_changed_names_what_differs_and_the_copy_stays(chapter):
+    model = chapter["DigitNet"]()
+    before = chapter["snapshot"](model)
+    assert chapter["changed"](model, before) == []
+    model.train()(torch.rand(4, 1, 8, 8))
+    names = chapter["changed"](model, before)
+    assert set(names) == {name for name, _ in model.named_buffers()}
+    with torch.no_grad():
+        model.head.bias += 1
+    assert chapter["changed"](model, before) == [*names, "head.bias"]
+
+
+def test_swap_replaces_at_any_depth_and_keeps_the_names(chapter):
+    model = resnet18(weights=None)
+    names, x = list(model.state_dict()), torch.randn(2, 3, 32, 32)
+    expected = sum(isinstance(m, nn.ReLU) for m in model.modules())
+    assert chapter["swap"](model, nn.ReLU, nn.GELU) == expected
+    assert not any(isinstance(m, nn.ReLU) for m in model.modules())
+    assert list(model.state_dict()) == names and model(x).shape == (2, 1000)
+    assert chapter["swap"](model, nn.ReLU, nn.GELU) == 0
+
+
+def test_the_deep_network_starts_as_told(chapter):
+    torch.manual_seed(0)
+    model = chapter["make_deep"](chapter["kaiming_std"], depth=3, width=400)
+    layers = [m for m in model if isinstance(m, nn.Linear)]
+    assert [tuple(m.weight.shape) for m in layers] == [
+        *((400, 64), (400, 400), (400, 400), (10, 400)),
+    ]
+    for layer in layers:
+        n = layer.in_features
+        assert abs(layer.weight.var().item() * n / 2 - 1) < 0.1
+        assert not layer.bias.any()
+    default = chapter["make_deep"](None, depth=2, width=400)[3].weight
+    assert abs(default.var().item() * 400 * 3 - 1) < 0.05
+
+
 def test_summary_of_resnet18(chapter):
     model = resnet18(weights=None)
     model.layer1.eval()
@@ -89,17 +132,6 @@ def test_summary_of_resnet18(chapter):
     assert [m.training for m in model.modules()] == modes
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules())
-
-
-def test_summary_counts_shared_and_uncalled_parameters_once(chapter):
-    tied = chapter["TiedModel"]()
-    rows = chapter["summarise"](tied, torch.arange(3))
-    assert sum(row[3] for row in rows) == sum(p.numel() for p in tied.parameters())
-    attention = nn.MultiheadAttention(8, 2, batch_first=True)
-    x = torch.zeros(1, 4, 8)
-    rows = chapter["summarise"](attention, x, x, x)
-    total = sum(p.numel() for p in attention.parameters())
-    assert sum(row[3] for row in rows) == total
 
 
 def test_summary_lists_a_parent_of_an_empty_container_by_its_parts(chapter):
@@ -124,13 +156,6 @@ def test_frozen_parts_stay_in_eval_mode_and_others_follow(chapter):
     assert not model.head.training and not model.drop.training
 
 
-def test_the_mean_in_a_buffer_is_saved(chapter):
-    trained, loaded = chapter["FixedCentre"](), chapter["FixedCentre"]()
-    trained.measure(torch.tensor([1.0, 3.0]))
-    loaded.load_state_dict(trained.state_dict())
-    assert loaded.mean == trained.mean == 2
-
-
 def test_recording_removes_its_hooks_when_the_model_fails(chapter):
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(4, 5)).train()
     with pytest.raises(RuntimeError):
@@ -139,40 +164,21 @@ def test_recording_removes_its_hooks_when_the_model_fails(chapter):
     assert all(m.training for m in model.modules())
 
 
-@pytest.fixture
-def saved(chapter, tmp_path):
-    model = chapter["DigitNet"]()
-    path = tmp_path / "digits.pt"
-    torch.save(model.state_dict(), path)
-    return model, path
+def test_attention_counts_the_parameters_of_its_own(chapter):
+    """Input projections of attention belong to a module that has children."""
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    x = torch.zeros(1, 4, 8)
+    rows = chapter["summarise"](attention, x, x, x)
+    total = sum(p.numel() for p in attention.parameters())
+    assert sum(row[3] for row in rows) == total
 
 
-def test_load_renamed_gives_the_same_model(chapter, saved):
-    model, path = saved
-    renamed = chapter["RenamedNet"]()
-    chapter["load_renamed"](renamed, path, {"stem": "features", "head": "classifier"})
+def test_a_renamed_file_gives_the_same_model(chapter):
+    model, renamed = chapter["DigitNet"](), chapter["RenamedNet"]()
+    names = {"stem": "features", "head": "classifier"}
+    renamed.load_state_dict(chapter["rename_keys"](model.state_dict(), names))
     x = torch.rand(4, 1, 8, 8)
     assert torch.equal(renamed.eval()(x), model.eval()(x))
-
-
-def test_load_renamed_names_file_keys_and_remedy_and_loads_nothing(chapter, saved):
-    _, path = saved
-    renamed = chapter["RenamedNet"](classes=5)
-    before = {key: value.clone() for key, value in renamed.state_dict().items()}
-    with pytest.raises(RuntimeError) as caught:
-        chapter["load_renamed"](renamed, path, {"head": "classifier"})
-    message = str(caught.value)
-    for part in (str(path), "RenamedNet", "rename="):
-        assert part in message
-    missing, unexpected, wrong = (
-        next(line for line in message.splitlines() if line.startswith(word))
-        for word in ("missing", "unexpected", "wrong shape")
-    )
-    assert "features.0.weight" in missing and "stem" not in missing
-    assert "stem.0.weight" in unexpected and "features" not in unexpected
-    assert "classifier.weight (10, 64) instead of (5, 64)" in wrong
-    state = renamed.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in before.items())
 
 
 def test_rename_keys(chapter):
@@ -200,18 +206,6 @@ def test_initialisation_agrees_with_torch(chapter):
         torch.testing.assert_close(nn.init.normal_(weight, std=std(weight)), measured)
 
 
-def test_folding_batch_norm(chapter):
-    torch.manual_seed(0)
-    conv, norm = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)
-    nn.init.uniform_(norm.weight, 0.5, 2)
-    nn.init.normal_(norm.bias)
-    x = torch.randn(8, 3, 6, 6)
-    norm(conv(x))  # statistics that are not zero and one
-    expected = norm.eval()(conv(x))
-    chapter["fold"](conv, norm)
-    torch.testing.assert_close(conv(x), expected, atol=1e-5, rtol=1e-4)
-
-
 def test_standard_deviations_are_for_matrices(chapter):
     """Of a convolution's weight they would be wrong, in silence."""
     for std in (chapter["xavier_std"], chapter["kaiming_std"]):
@@ -225,26 +219,3 @@ def test_listening_leaves_no_hook_behind_even_if_a_name_is_wrong(chapter):
         with chapter["listening"](model, "stem", "absent"):
             pass
     assert not any(m._forward_hooks for m in model.modules())
-
-
-def test_the_warning_of_python_3_13_0_is_quiet():
-    cells = [c.source for c in code_cells(CHAPTER) if "def try_compile" in c.source]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        exec(cells[0], {"warnings": warnings})
-        text = "Guards may run slower on Python 3.13.0. Consider upgrading."
-        warnings.warn(text, RuntimeWarning, stacklevel=1)
-
-
-def test_the_check_of_the_ensemble_trains_the_same_when_run_again():
-    space = load_definitions(CHAPTER)
-    space |= {"SEED": 0, "NUM_MODELS": 2}
-    cells = section(CHAPTER, "5.12", "5.13")
-    last = next(
-        i for i, source in enumerate(cells) if "train_stack(params, 10)" in source
-    )
-    found = []
-    for source in [*cells[: last + 1], cells[last]]:
-        exec(source, space)
-        found.append(space.get("params", {}).get("0.weight"))
-    assert found[-1].equal(found[-2]) and not found[-1].equal(found[-3])

@@ -16,49 +16,50 @@ from notebooks import NOTEBOOKS, code_cells, load_definitions
 PATH = NOTEBOOKS / "06_sequence_labelling.ipynb"
 CHAPTER = load_definitions(
     PATH,
-    "Batch",
+    "PAD",
+    "IGNORE",
     "BiLSTM",
     "CRF",
     "ENCODERS",
-    "FEW_STEPS",
+    "FOLLOWERS",
     "FORBIDDEN",
     "HIDDEN",
     "LEGAL",
+    "N",
+    "RULES",
     "SEED",
-    "STEPS",
-    "Scores",
     "TAGS",
     "Window",
     "all_paths",
     "brute_scores",
     "check_mask",
     "clashes",
-    "collate",
-    "combinations",
-    "cut_if_likely",
-    "forward_backward",
+    "cut_by_words",
+    "fit",
     "is_legal",
+    "largest",
     "log_partition",
     "longest_first",
     "lstm_by_hand",
     "marginals",
-    "most_probable",
     "path_score",
     "predict",
     "read_lines",
-    "reverse",
-    "rules",
-    "sample",
     "score",
-    "share_unseen",
+    "segment",
     "softmax_loss",
+    "spell",
+    "tag_lines",
     "thin",
     "to_spans",
     "to_tags",
+    "to_tensors",
+    "trigrams",
     "two_best",
     "viterbi",
 )
 CHAPTER["device"] = torch.device("cpu")
+CHAPTER["known"] = {"i", "am"}
 WORDS = [
     ["a"],
     ["no"],
@@ -78,30 +79,34 @@ def generator(seed: int) -> torch.Generator:
 
 
 def a_case(seed: int, lengths: list[int], num_tags: int = 4, dtype=torch.float64):
-    """Random emissions, tags, mask and scores for lines of the given lengths."""
+    """Random emissions, tags, mask and transitions for lines of the given lengths."""
     g = generator(seed)
     shape = len(lengths), max(lengths)
     emissions = 2 * torch.randn(*shape, num_tags, generator=g, dtype=dtype)
     tags = torch.randint(num_tags, shape, generator=g)
     mask = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
-    sizes = (num_tags,), (num_tags, num_tags), (num_tags,)
-    scores = [torch.randn(size, generator=g, dtype=dtype) for size in sizes]
-    return emissions, tags, mask, define("Scores")(*scores)
+    size = num_tags + 1, num_tags + 1
+    return emissions, tags, mask, torch.randn(size, generator=g, dtype=dtype)
 
 
-def reference(scores, dtype=torch.float64) -> torchcrf.CRF:
+def padded(tags, mask):
+    """The tags as CRF.loss wants them: IGNORE behind the end of a line."""
+    return tags.where(mask, define("IGNORE"))
+
+
+def reference(transition, dtype=torch.float64) -> torchcrf.CRF:
     """pytorch-crf's layer with the same scores."""
-    crf = torchcrf.CRF(len(scores.start), batch_first=True).to(dtype)
+    crf = torchcrf.CRF(len(transition) - 1, batch_first=True).to(dtype)
     with torch.no_grad():
-        crf.start_transitions.copy_(scores.start)
-        crf.transitions.copy_(scores.step)
-        crf.end_transitions.copy_(scores.end)
+        crf.start_transitions.copy_(transition[-1, :-1])
+        crf.transitions.copy_(transition[:-1, :-1])
+        crf.end_transitions.copy_(transition[:-1, -1])
     return crf
 
 
-def log_likelihood(emissions, tags, mask, scores):
-    path = define("path_score")(emissions, tags, mask, scores)
-    return path - define("log_partition")(emissions, mask, scores)
+def log_likelihood(emissions, tags, mask, transition):
+    path = define("path_score")(emissions, tags, mask, transition)
+    return path - define("log_partition")(emissions, mask, transition)
 
 
 # The CRF against pytorch-crf and brute force
@@ -112,23 +117,24 @@ RAGGED = [[7], [1], [5, 5, 5], [9, 1, 4, 12, 2], [3, 40, 17], [1, 1, 2]]
 @pytest.mark.parametrize("lengths", RAGGED, ids=str)
 @pytest.mark.parametrize("num_tags", [1, 2, 4, 7])
 def test_likelihood_and_gradients_agree_with_pytorch_crf(lengths, num_tags):
-    emissions, tags, mask, scores = a_case(sum(lengths), lengths, num_tags)
+    emissions, tags, mask, transition = a_case(sum(lengths), lengths, num_tags)
     emissions.requires_grad_()
-    ours = define("Scores")(*[s.clone().requires_grad_() for s in scores])
+    ours = transition.clone().requires_grad_()
     value = log_likelihood(emissions, tags, mask, ours)
     value.sum().backward()
     ours_grad, emissions.grad = emissions.grad, None
 
-    theirs = reference(scores)
+    theirs = reference(transition)
     expected = theirs(emissions, tags, mask, reduction="none")
     expected.sum().backward()
     torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-6)
     pairs = [
         (ours_grad, emissions.grad),
-        (ours.start.grad, theirs.start_transitions.grad),
-        (ours.step.grad, theirs.transitions.grad),
-        (ours.end.grad, theirs.end_transitions.grad),
+        (ours.grad[-1, :-1], theirs.start_transitions.grad),
+        (ours.grad[:-1, :-1], theirs.transitions.grad),
+        (ours.grad[:-1, -1], theirs.end_transitions.grad),
     ]
+    assert ours.grad[-1, -1] == 0
     for one, two in pairs:
         two = torch.zeros_like(one) if two is None else two  # no steps in short lines
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-6)
@@ -164,10 +170,9 @@ def test_everything_agrees_with_brute_force(num_tags):
         every = list(itertools.product(range(num_tags), repeat=n))
         totals = []
         for path in every:  # one by one, in plain Python
-            total = scores.start[path[0]] + scores.end[path[-1]]
-            total += sum(emissions[i, t, k] for t, k in enumerate(path))
-            total += sum(scores.step[a, b] for a, b in itertools.pairwise(path))
-            totals.append(total)
+            total = sum(emissions[i, t, k] for t, k in enumerate(path))
+            steps = itertools.pairwise([num_tags, *path, num_tags])
+            totals.append(total + sum(scores[a, b] for a, b in steps))
         totals = torch.stack(totals)
         torch.testing.assert_close(
             define("brute_scores")(emissions[i, :n], scores), totals
@@ -178,8 +183,6 @@ def test_everything_agrees_with_brute_force(num_tags):
         hits = torch.nn.functional.one_hot(torch.tensor(every), num_tags).double()
         expected = torch.einsum("p,ptk->tk", totals.softmax(0), hits)
         torch.testing.assert_close(nodes[i, :n], expected)
-        two_ways = define("forward_backward")(emissions[i, :n], scores)
-        torch.testing.assert_close(two_ways, expected)
         best = define("two_best")(emissions[i, :n], scores)
         torch.testing.assert_close(best, totals.topk(2).values)
     assert nodes[~mask].abs().sum() == 0
@@ -187,10 +190,10 @@ def test_everything_agrees_with_brute_force(num_tags):
 
 def test_gradients_agree_with_finite_differences():
     emissions, tags, mask, scores = a_case(0, [4, 1, 3], 3)
-    inputs = [x.clone().requires_grad_() for x in (emissions, *scores)]
+    inputs = [x.clone().requires_grad_() for x in (emissions, scores)]
 
-    def function(e, *s):
-        return log_likelihood(e, tags, mask, define("Scores")(*s))
+    def function(e, s):
+        return log_likelihood(e, tags, mask, s)
 
     assert torch.autograd.gradcheck(function, inputs)
 
@@ -212,22 +215,12 @@ def test_a_path_repeats_its_last_tag_behind_the_end():
     assert (path[2:] == path[1]).all()
 
 
-def test_samples_have_the_frequencies_of_the_paths():
-    emissions, _, _, scores = a_case(5, [3], 3)
-    paths = define("sample")(emissions[0], scores, 20_000)
-    numbers = paths @ torch.tensor([9, 3, 1])
-    shares = numbers.bincount(minlength=27) / 20_000
-    expected = define("brute_scores")(emissions[0], scores).softmax(0)
-    assert (shares - expected).abs().max() < 0.02  # five standard deviations
-
-
 # The layer with its rules
 
 
 def test_only_legal_paths_have_a_probability():
     emissions, _, _, _ = a_case(6, [5])
-    scores = [s.double() for s in define("rules")]
-    probs = define("brute_scores")(emissions[0], define("Scores")(*scores)).softmax(0)
+    probs = define("brute_scores")(emissions[0], define("RULES").double()).softmax(0)
     for path, p in zip(define("all_paths")(5), probs, strict=True):
         tags = "".join(define("TAGS")[t] for t in path)
         assert define("is_legal")(tags) == (p > 1e-12)
@@ -244,30 +237,42 @@ def test_an_untrained_layer_decodes_legal_lines(seed):
 
 def test_without_rules_the_layer_is_pytorch_crf():
     emissions, tags, mask, scores = a_case(8, [9, 3, 6], dtype=torch.float32)
-    crf = define("CRF")(constrained=False)
+    crf = define("CRF")(torch.ones(5, 5, dtype=torch.bool))
     with torch.no_grad():
-        for name, value in scores._asdict().items():
-            getattr(crf, name).copy_(value)
+        crf.learned.copy_(scores)
     theirs = reference(scores, torch.float32)
     expected = -theirs(emissions, tags, mask, reduction="token_mean")
-    torch.testing.assert_close(crf.loss(emissions, tags, mask), expected)
+    torch.testing.assert_close(crf.loss(emissions, padded(tags, mask)), expected)
 
 
-def test_penalties_are_neither_trained_nor_saved():
+def test_rules_are_neither_trained_nor_saved():
     crf = define("CRF")()
-    assert {n for n, _ in crf.named_parameters()} == {"start", "step", "end"}
-    assert set(crf.state_dict()) == {"start", "step", "end"}
+    assert {name for name, _ in crf.named_parameters()} == {"learned"}
+    assert set(crf.state_dict()) == {"learned"}
     again = define("CRF")()
     again.load_state_dict(crf.state_dict())
-    assert all(a.equal(b) for a, b in zip(crf.scores(), again.scores(), strict=True))
+    assert again.rules.equal(define("RULES"))
+
+
+def test_a_true_path_that_the_rules_forbid_is_refused():
+    path = torch.tensor([["BIES".index(tag) for tag in "BIB"]])
+    with pytest.raises(ValueError, match="the rules forbid one of the true paths"):
+        define("CRF")().loss(torch.zeros(1, 3, 4), path)
+
+
+def legal_lines():
+    """Random emissions (2, 6, 4) and legal tags of two lines."""
+    ids, tags = define("to_tensors")([["a", "fine", "s"], ["no"]])
+    return 2 * torch.randn(*tags.shape, 4, generator=generator(7)), tags
 
 
 def test_half_precision_emissions_give_finite_losses_in_32_bits():
-    emissions, tags, mask, _ = a_case(7, [9, 30], dtype=torch.float32)
+    emissions, tags = legal_lines()
     half, crf = emissions.bfloat16(), define("CRF")()
-    loss = crf.loss(half, tags, mask)
+    mask = tags != define("IGNORE")
+    loss = crf.loss(half, tags)
     assert loss.dtype == torch.float32 and loss.isfinite()
-    assert loss == crf.loss(half.float(), tags, mask)
+    assert loss == crf.loss(half.float(), tags)
     assert crf.decode(half, mask).equal(crf.decode(half.float(), mask))
 
 
@@ -281,11 +286,11 @@ def test_half_precision_emissions_give_finite_losses_in_32_bits():
 )
 def test_a_wrong_mask_is_refused(mask, message):
     crf, mask = define("CRF")(), torch.tensor(mask)
-    emissions, tags = torch.zeros(2, 2, 4), torch.zeros(2, 2, dtype=torch.long)
+    emissions, tags = torch.zeros(2, 2, 4), torch.zeros(mask.shape, dtype=torch.long)
     with pytest.raises(ValueError, match=message):
         crf.decode(emissions, mask)
     with pytest.raises(ValueError, match=message):
-        crf.loss(emissions, tags, mask)
+        crf.loss(emissions, padded(tags, mask))
 
 
 def test_a_mask_with_a_gap_is_refused():
@@ -310,10 +315,11 @@ def test_it_is_no_slower_than_pytorch_crf(work):
     lengths = torch.randint(10, 51, (64,), generator=generator(0)).tolist()
     emissions, tags, mask, scores = a_case(0, lengths, dtype=torch.float32)
     emissions.requires_grad_()
-    crf, theirs = define("CRF")(constrained=False), reference(scores, torch.float32)
+    crf = define("CRF")(torch.ones(5, 5, dtype=torch.bool))
+    theirs, ours = reference(scores, torch.float32), padded(tags, mask)
     calls = {
         "loss": (
-            lambda: crf.loss(emissions, tags, mask).backward(),
+            lambda: crf.loss(emissions, ours).backward(),
             lambda: theirs(emissions, tags, mask, reduction="token_mean").backward(),
         ),
         "decode": (
@@ -338,30 +344,26 @@ def test_the_encoder_is_a_packed_bidirectional_lstm(lengths):
     torch.manual_seed(sum(lengths))
     encoder = define("BiLSTM")(hidden=6, dim=5)
     library = nn.LSTM(5, 6, batch_first=True, bidirectional=True)
-    state = encoder.from_left.state_dict()
-    state |= {f"{k}_reverse": v for k, v in encoder.from_right.state_dict().items()}
-    library.load_state_dict(state)
-    letters = torch.randint(1, 27, (len(lengths), max(lengths)))
+    library.load_state_dict(encoder.lstm.state_dict())
     sizes = torch.tensor(lengths)
     mask = torch.arange(max(lengths)) < sizes[:, None]
+    letters = torch.randint(1, 27, mask.shape).where(mask, 0)
     packed = pack_padded_sequence(
         encoder.embed(letters), sizes, batch_first=True, enforce_sorted=False
     )
     hidden, _ = pad_packed_sequence(library(packed)[0], batch_first=True)
     expected = encoder.head(hidden)[mask]
-    torch.testing.assert_close(encoder(letters, sizes)[mask], expected)
+    torch.testing.assert_close(encoder(letters)[mask], expected)
 
 
-@pytest.mark.parametrize("make", ["BiLSTM", "1 letter", "3 letters", "5 letters"])
+@pytest.mark.parametrize("make", ["whole line", "1 letter", "3 letters", "5 letters"])
 def test_an_encoder_gives_a_line_the_same_emissions_alone_and_in_a_batch(make):
     torch.manual_seed(0)
-    encoder = define("ENCODERS")[make][0]()
-    batch = define("collate")(WORDS)
-    together = encoder(batch.letters, batch.lengths)
-    for words, row, n in zip(WORDS, together, batch.lengths, strict=True):
-        alone = define("collate")([words])
-        one = encoder(alone.letters, alone.lengths)[0]
-        torch.testing.assert_close(row[:n], one, atol=1e-5, rtol=1e-5)
+    encoder = define("ENCODERS")[make]()
+    together = encoder(define("to_tensors")(WORDS)[0])
+    for words, row in zip(WORDS, together, strict=True):
+        one = encoder(define("to_tensors")([words])[0])[0]
+        torch.testing.assert_close(row[: len(one)], one, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -371,17 +373,11 @@ def test_the_lstm_by_hand_is_the_librarys(dtype):
     torch.testing.assert_close(define("lstm_by_hand")(lstm, x[0]), lstm(x)[0][0])
 
 
-def test_reverse_turns_each_line_in_its_own_length():
-    x = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0], [7, 0, 0, 0]])[..., None]
-    turned = define("reverse")(x, torch.tensor([4, 2, 1]))[..., 0]
-    assert turned.tolist() == [[4, 3, 2, 1], [6, 5, 0, 0], [7, 0, 0, 0]]
-
-
 def test_the_softmax_loss_ignores_the_padding():
     emissions, tags, mask, _ = a_case(9, [5, 2], dtype=torch.float32)
-    loss = define("softmax_loss")(emissions, tags, mask)
+    loss = define("softmax_loss")(emissions, padded(tags, mask))
     emissions[~mask] = 100.0
-    assert define("softmax_loss")(emissions, tags, mask) == loss
+    assert define("softmax_loss")(emissions, padded(tags, mask)) == loss
 
 
 # Tags, words, text
@@ -402,7 +398,7 @@ def test_an_empty_word_is_refused():
 @pytest.mark.parametrize("words", [["To"], ["na\u00efve"], ["no", "1"], []], ids=str)
 def test_a_batch_takes_only_letters_from_a_to_z(words):
     with pytest.raises(ValueError, match="letters from a to z"):
-        define("collate")([["fine"], words])
+        define("to_tensors")([["fine"], words])
 
 
 @pytest.mark.parametrize("length", range(1, 7))
@@ -419,31 +415,24 @@ def test_legal_tags_are_as_many_as_there_are_ways_to_cut(length):
 
 
 def test_scores_of_known_cases():
-    lines = [["i", "am", "here"]]
+    lines = [["i", "am", "here"]]  # "here" is new
     perfect = define("score")(["SBEBIIE"], lines)
-    expected = {"precision": 1, "recall": 1, "F1": 1, "letters": 1, "illegal": 0}
-    assert perfect == expected
+    assert perfect == {"F1": 1, "new words": 1, "letters": 1, "illegal": 0}
     joined = define("score")(["BIEBIIE"], lines)  # "iam", "here"
-    assert math.isclose(joined["precision"], 1 / 2)
-    assert math.isclose(joined["recall"], 1 / 3)
-    assert math.isclose(joined["F1"], 0.4)
+    precision, recall = 1 / 2, 1 / 3
+    f1 = 2 * precision * recall / (precision + recall)
+    assert math.isclose(joined["F1"], f1) and joined["new words"] == 1
     assert math.isclose(joined["letters"], 5 / 7)
     nothing = define("score")(["BIIIIII"], lines)
-    assert nothing["F1"] == 0 and nothing["illegal"] == 1
+    assert nothing["F1"] == nothing["new words"] == 0 and nothing["illegal"] == 1
 
 
-@pytest.mark.parametrize("both", [False, True])
-def test_two_tags_are_always_legal(both):
-    emissions, _, mask, _ = a_case(2, [9, 1, 5], dtype=torch.float32)
-    tags = define("cut_if_likely")(emissions, mask, both)
-    for row, n in zip(tags.tolist(), [9, 1, 5], strict=True):
-        assert define("is_legal")("".join("BIES"[t] for t in row[:n]))
-
-
-def test_predict_gives_each_line_its_own_length():
+def test_tags_of_lines_have_their_own_lengths():
     torch.manual_seed(0)
-    guesses = define("predict")(define("Window")(1), define("CRF")().decode, WORDS)
+    ids, decode = define("to_tensors")(WORDS)[0], define("CRF")().decode
+    guesses = define("tag_lines")(define("Window")(1), decode, ids)
     assert [len(g) for g in guesses] == [len("".join(words)) for words in WORDS]
+    assert all(map(define("is_legal"), guesses))
 
 
 def test_lines_lose_speakers_roles_and_directions():
@@ -491,26 +480,32 @@ def test_an_original_that_was_cut_off_is_named_with_the_remedy(tmp_path):
     assert str(path) in str(error.value)
 
 
-def test_unseen_words_and_thinning():
-    assert define("share_unseen")([["a", "b"]], [["a", "c"], ["c", "b"]]) == 0.5
+def test_thinning():
     assert define("thin")(list(range(10)), 3) == [0, 3, 6]
     assert define("thin")([1, 2], 5) == [1, 2]
 
 
-def test_the_dictionary_looks_ahead():
-    counts = {"ab": 1, "abc": 1, "c": 1, "cd": 1, "d": 1}
-    assert define("most_probable")("abcd", counts) in (["abc", "d"], ["ab", "cd"])
-    assert define("most_probable")("abcd", {**counts, "cd": 9}) == ["ab", "cd"]
-    assert define("longest_first")("abcd", {**counts, "cd": 9}) == ["abc", "d"]
-    with pytest.raises(ValueError, match="'xyz' cannot be cut into words"):
-        define("most_probable")("xyz", counts)
+@pytest.mark.parametrize("text", ["abcd", "aab", "xaby", "cdcd"])
+def test_the_dictionary_finds_the_best_of_all_cuts(text):
+    counts = {"a": 3, "ab": 2, "abc": 1, "b": 1, "c": 2, "cd": 4, "d": 1}
+    total = sum(counts.values())
+
+    def logp(words):
+        seen = [counts.get(word, 10.0 ** (1 - len(word))) for word in words]
+        return sum(math.log(count / total) for count in seen)
+
+    cuts = []
+    for gaps in itertools.product([False, True], repeat=len(text) - 1):
+        spaced = "".join(c + " " * gap for c, gap in zip(text, [*gaps, 0], strict=True))
+        cuts.append(spaced.split())
+    found = define("cut_by_words")(text, counts)
+    assert "".join(found) == text
+    assert math.isclose(logp(found), max(map(logp, cuts)))
+
+
+def test_the_greedy_cut_takes_the_longest_word():
+    counts = {"ab": 1, "abc": 1, "c": 1, "cd": 9, "d": 1}
+    assert define("longest_first")("abcd", counts) == ["abc", "d"]
+    assert define("cut_by_words")("abcd", counts) == ["ab", "cd"]
     with pytest.raises(ValueError, match="no word of the dictionary begins 'xyz'"):
         define("longest_first")("xyz", counts)
-
-
-def test_the_combinations_survive_what_can_be_moved_into_the_emissions():
-    _, _, _, scores = a_case(11, [3])
-    u, v = torch.randn(2, 4, generator=generator(1), dtype=torch.float64)
-    moved = scores.step + u[:, None] + v
-    before, after = [define("combinations")(step) for step in (scores.step, moved)]
-    assert before == pytest.approx(after)

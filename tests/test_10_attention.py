@@ -1,46 +1,40 @@
-"""Chapter 10: attention, heads, positions and blocks against PyTorch and formulas."""
+"""Chapter 10: attention, heads and positions against PyTorch and formulas."""
 
 import math
-from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from notebooks import NOTEBOOKS, code_cells, load_definitions, section
+from notebooks import NOTEBOOKS, load_definitions
 
 PATH = NOTEBOOKS / "10_attention.ipynb"
 CHAPTER = load_definitions(
     PATH,
-    "BlockAttention",
+    "CARDS",
+    "HeadProjections",
     "LETTERS",
     "MultiHeadAttention",
+    "Reader",
+    "RotaryAttention",
     "SPAN",
-    "TurnedAttention",
     "alibi",
     "attention",
-    "attention_loops",
-    "backward_in_blocks",
-    "forward_in_blocks",
+    "decks",
     "grouped_attention",
     "influence",
     "join_heads",
-    "knowable",
-    "linear_recurrent",
-    "linear_square",
-    "multiplications",
+    "labelled",
+    "letter_loss",
     "pair_speeds",
-    "phi",
-    "plain_attention",
     "repeated",
     "rotary",
     "rotary_halves",
-    "saved_bytes",
     "sinusoidal",
     "split_heads",
     "step",
+    "weights_by_layer",
     "window_mask",
 )
 CHAPTER["device"] = torch.device("cpu")
@@ -65,17 +59,31 @@ def random(*shape, seed=0):
 # One head
 
 
+def by_loops(q, k, v, mask):
+    """Attention of q (n, d), k (m, d) and v (m, c), one number at a time."""
+    rows = []
+    for i in range(len(q)):
+        seen = [j for j in range(len(k)) if mask[i, j]]
+        scores = [
+            sum(q[i, f].item() * k[j, f].item() for f in range(q.shape[1]))
+            / math.sqrt(q.shape[1])
+            for j in seen
+        ]
+        total = sum(math.exp(s) for s in scores)
+        pairs = zip(scores, seen, strict=True)
+        rows.append(sum((math.exp(s) / total * v[j] for s, j in pairs), 0 * v[0]))
+    return torch.stack(rows)
+
+
 @pytest.mark.parametrize("n", [1, 2, 5])
 @pytest.mark.parametrize("m", [1, 4])
-def test_loops_and_matrices_agree_with_pytorch(n, m):
+def test_attention_is_what_loops_compute(n, m):
     q, k, v = random(n, 3), random(m, 3, seed=1), random(m, 2, seed=2)
-    by_loops = define("attention_loops")(q, k, v)
-    by_matrices, weights = define("plain_attention")(q, k, v)
-    reference = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
-    torch.testing.assert_close(by_loops, reference)
-    torch.testing.assert_close(by_matrices, reference)
+    mask = torch.rand(n, m, generator=generator(0)) < 0.6  # rows of False as well
+    output, weights = define("attention")(q, k, v, mask)
+    torch.testing.assert_close(output, by_loops(q, k, v, mask))
     assert weights.shape == (n, m)
-    torch.testing.assert_close(weights.sum(dim=1), torch.ones(n).double())
+    torch.testing.assert_close(weights.sum(dim=1), mask.any(dim=1).double())
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -100,7 +108,7 @@ def test_no_mask_and_a_mask_of_true_are_the_same():
     torch.testing.assert_close(
         free, define("attention")(q, k, v, torch.ones(5, 5).bool())
     )
-    torch.testing.assert_close(free, define("plain_attention")(q, k, v))
+    torch.testing.assert_close(free[0], F.scaled_dot_product_attention(q, k, v))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -176,7 +184,8 @@ def test_heads_agree_with_the_library(num_heads, lengths):
     for layer in (ours, theirs):
         x = random(len(lengths), 5, 16)
         if layer is ours:
-            y, w = layer(x, real[:, None, None, :] & causal)
+            mask = real[:, None, None, :] & causal
+            y, w = layer(x, mask), layer.weights(x, mask)
         else:
             y, w = layer(
                 *[x, x, x],
@@ -188,6 +197,59 @@ def test_heads_agree_with_the_library(num_heads, lengths):
         gradients = [parameter.grad for parameter in layer.parameters()]
         results.append([y[real], w, x.grad, *gradients])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("empty", ["a row", "a text", "a head", "everything"])
+def test_heads_that_may_look_at_nothing_take_nothing(empty, training, dtype):
+    torch.manual_seed(0)
+    layer = define("MultiHeadAttention")(8, 2).to(dtype).train(training)
+    mask = torch.rand(3, 2, 5, 5, generator=generator(0)) < 0.5
+    mask[..., 0] = True
+    place = {"a row": (0, 0, 1), "a text": (1,), "a head": (2, 1), "everything": ()}
+    mask[place[empty]] = False
+    x = torch.randn(3, 5, 8, generator=generator(1)).to(dtype).requires_grad_()
+    output = layer(x, mask)
+    q, k, v = layer.project(x)
+    plain, weights = define("attention")(q, k, v, mask)
+    reference = layer.out_proj(define("join_heads")(plain))
+    leaves = [x, *layer.parameters()]
+    grads = [
+        torch.autograd.grad(y.float().square().sum(), leaves, retain_graph=True)
+        for y in (output, reference)
+    ]
+    bound = 0.1 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(output, reference, atol=bound, rtol=bound)
+    for ours, theirs in zip(*grads, strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, theirs, atol=bound, rtol=bound)
+    assert not weights[~mask].any()
+    torch.testing.assert_close(layer.weights(x, mask), weights)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x, mask), output)
+
+
+@pytest.mark.parametrize("num_heads", [1, 4])
+def test_cross_attention_agrees_with_the_library(num_heads):
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(16, num_heads, batch_first=True).double()
+    nn.init.normal_(theirs.in_proj_bias)
+    ours = define("MultiHeadAttention")(16, num_heads).double()
+    ours.load_state_dict(theirs.state_dict())
+    x, context = random(2, 5, 16), random(2, 7, 16, seed=1)
+    y, w = theirs(x, context, context, average_attn_weights=False)
+    torch.testing.assert_close(ours(x, context=context), y)
+    torch.testing.assert_close(ours.weights(x, context=context), w)
+
+
+def test_dropout_acts_in_training_only():
+    torch.manual_seed(0)
+    layer, x = define("MultiHeadAttention")(8, 2, dropout=0.5), torch.randn(1, 6, 8)
+    assert not layer(x).equal(layer(x))
+    without = define("MultiHeadAttention")(8, 2)
+    without.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer.eval()(x), without(x))
 
 
 def test_heads_must_divide_the_size():
@@ -204,21 +266,6 @@ def test_a_new_layer_starts_like_the_library():
         torch.testing.assert_close(
             mine.std(unbiased=False), parameter.std(unbiased=False), rtol=0.1, atol=0.0
         )
-
-
-def test_the_cells_that_compare_gradients_may_be_run_twice():
-    space = CHAPTER | {"SEED": 0, "real": torch.arange(6) < torch.tensor([[6], [4]])}
-    space["batch"] = torch.randn(2, 6, 32)
-    sources = section(PATH, "10.5", "10.6") + section(PATH, "10.10", "10.11")
-    cells = [
-        source.replace("torch.randn(3, 6, 32)", "torch.randn(2, 6, 32)")
-        for source in sources
-        if "theirs" in source or "blocks, plain" in source
-    ]
-    assert len(cells) == 5
-    for source in cells:
-        exec(source, space)
-        exec(source, space)
 
 
 # Positions
@@ -267,77 +314,34 @@ def test_rotary_keeps_the_type():
     assert define("rotary")(x, torch.arange(3)).dtype == torch.bfloat16
 
 
-def test_weights_without_words_depend_on_the_distance_only():
+@pytest.mark.parametrize("num_heads", [1, 2])
+def test_rotary_attention_sees_distances_and_nothing_else_of_the_places(num_heads):
     torch.manual_seed(0)
-    mask = torch.ones(1, 1, 1, 9).bool()
-    for by_words in (True, False):
-        layer = define("TurnedAttention")(8, 2, by_words)
-        _, weights = layer(torch.randn(2, 9, 8), mask)
-        scores = weights.log()
-        ratio = scores[..., 1:, 1:-1] - scores[..., 1:, 2:]  # of neighbouring keys
-        before = scores[..., :-1, :-2] - scores[..., :-1, 1:-1]  # one place earlier
-        assert torch.allclose(ratio, before, atol=1e-4) != by_words
-        assert torch.allclose(weights[0], weights[1]) != by_words
+    layer = define("RotaryAttention")(8, num_heads)
+    x, front = torch.randn(1, 5, 8), torch.randn(1, 3, 8)
+    mask = torch.ones(8, 8).bool()
+    mask[:, :3] = False  # nobody looks at the three in front
+    moved = layer(torch.cat([front, x], dim=1), mask)[:, 3:]
+    torch.testing.assert_close(moved, layer(x), atol=1e-5, rtol=1e-4)
+    order = torch.tensor([1, 0, 2, 3, 4])
+    assert not torch.allclose(layer(x[:, order]), layer(x)[:, order], atol=1e-3)
 
 
-# Blocks
-
-
-@pytest.mark.parametrize("block", [1, 3, 7, 100])
-def test_blocks_agree_with_plain_attention_and_its_gradients(block):
-    results = []
-    for attend in (
-        lambda *t: define("BlockAttention").apply(*t, block),
-        lambda *t: define("plain_attention")(*t)[0],
-    ):
-        leaves = random(2, 5, 4), random(2, 7, 4, seed=1), random(2, 7, 3, seed=2)
-        output = attend(*leaves)
-        output.cos().sum().backward()
-        results.append([output, *[leaf.grad for leaf in leaves]])
-    torch.testing.assert_close(*results)
-
-
-def test_blocks_survive_scores_whose_exponential_is_infinite():
-    q, k, v = [torch.randn(5, 4, generator=generator(i)) for i in range(3)]
-    output, log_sum = define("forward_in_blocks")(1000 * q, 1000 * k, v, 2)
-    assert output.isfinite().all() and log_sum.isfinite().all()
-    reference = define("plain_attention")(1000 * q, 1000 * k, v)[0]
-    torch.testing.assert_close(output, reference)
-    scores = (q @ k.T / 2).logsumexp(dim=1, keepdim=True)
-    torch.testing.assert_close(define("forward_in_blocks")(q, k, v, 2)[1], scores)
-
-
-def test_blocks_refuse_a_second_derivative():
-    leaves = [random(5, 4, seed=i) for i in range(3)]
-    output = define("BlockAttention").apply(*leaves, 2).square().sum()
-    (gradient,) = torch.autograd.grad(output, leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
-def test_blocks_keep_memory_that_grows_in_a_straight_line():
-    def kept(attend, n):
-        return define("saved_bytes")(
-            attend, *[torch.randn(1, 2, n, 8).requires_grad_() for _ in range(3)]
-        )
-
-    blocks = [
-        kept(lambda *t: define("BlockAttention").apply(*t, 16), n) for n in (64, 128)
-    ]
-    assert blocks[1] == 2 * blocks[0] == 2 * 4 * (4 * 2 * 64 * 8 + 2 * 64)
-    plain = kept(lambda *t: define("plain_attention")(*t)[0], 128)
-    assert plain > 4 * 2 * 128**2
-
-
-def test_each_piece_of_memory_is_counted_once():
-    x = torch.randn(100, requires_grad=True)
-    assert define("saved_bytes")(lambda x: x * x, x) == 400
-    assert define("saved_bytes")(lambda x: x[:50] * x[50:], x) == 400
-    assert define("saved_bytes")(lambda x: x + x, x) == 0
-
-
-def test_multiplications_of_a_known_case():
-    assert define("multiplications")(3, 2) == (2 * 9 * 2 + 4 * 3 * 4, 6 * 3 * 4)
+@pytest.mark.parametrize("positions", ["none", "learned", "sinusoidal", "rotary"])
+def test_the_reader_sees_no_later_letter_and_trains_what_it_should(positions):
+    torch.manual_seed(0)
+    model = define("Reader")(positions, dim=8)
+    letters = torch.randint(26, (1, 23), generator=generator(0))
+    changed = letters.clone()
+    changed[:, 12] = (letters[:, 12] + 1) % 26
+    one, other = model(letters), model(changed)
+    torch.testing.assert_close(one[:, :12], other[:, :12])
+    assert not one[:, 12].equal(other[:, 12])
+    assert model.places.requires_grad == (positions == "learned")
+    weights = define("weights_by_layer")(model, letters)
+    assert [w.shape for w in weights] == [(1, 23, 23)] * 2
+    assert not weights[1].triu(1).any()
+    assert not model.layers[0]._forward_pre_hooks
 
 
 # The made sequences, and the test that finds mistakes
@@ -351,8 +355,35 @@ def test_sequences_repeat_and_the_first_round_has_no_letter_twice():
     for row, p in zip(sequence.tolist(), period[:, 0].tolist(), strict=True):
         assert len(set(row[:p])) == p
         assert row[p:] == row[:-p]
-        where = define("knowable")(torch.tensor([[p]]))[0].tolist()
-        assert where == [row[i] in row[:i] for i in range(len(row) - 1)]
+    letters, labels, period = define("labelled")(200, generator(0))
+    for row, wanted, p in zip(letters.tolist(), labels.tolist(), period, strict=True):
+        whole = [*row, row[len(row) - p]]
+        assert wanted == [whole[i + 1] if i >= p else -100 for i in range(len(row))]
+        for i, label in enumerate(wanted):  # known, if the letter has come before
+            assert (label >= 0) == (row[i] in row[:i])
+
+
+def test_the_letter_loss_leaves_out_what_cannot_be_known():
+    logits = torch.randn(2, 3, 26, generator=generator(0))
+    labels = torch.tensor([[-100, 4, 5], [-100, -100, 7]])
+    chances = logits.log_softmax(dim=2)
+    wanted = -(chances[0, 1, 4] + chances[0, 2, 5] + chances[1, 2, 7]) / 3
+    torch.testing.assert_close(define("letter_loss")(logits, labels), wanted)
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_a_deck_holds_the_answers(hidden):
+    ((x, answers),) = define("decks")(1, seed=3, size=50, hidden=hidden)
+    assert x.shape == (50, 9, 16) and answers.shape == (50, 16)
+    for (question, *cards), answer in zip(x, answers, strict=True):
+        of = {card[:8].argmax().item(): card[8:] for card in cards}
+        assert set(of) == set(range(8))
+        if hidden:
+            assert not question.any()
+        else:
+            asked = question.view(2, 8).argmax(dim=1).tolist()
+            assert asked[0] != asked[1]
+            assert torch.cat([of[i] for i in asked]).equal(answer)
 
 
 def test_influence_of_known_functions():
@@ -362,44 +393,14 @@ def test_influence_of_known_functions():
     assert causal.equal(torch.ones(4, 4).tril().bool())
 
 
-# Words of real sentences
-
-DATA = NOTEBOOKS / "data" / "movieReviewSnippets_GroundTruth.txt"
-
-
-def read_data(folder) -> dict:
-    """Run the cells that read the data, from a folder of the reader's own."""
-    space = load_definitions(PATH, "check_data", "fetch") | {"DATA_DIR": str(folder)}
-    for cell in code_cells(PATH):
-        if "data" in cell.tags:
-            exec(cell.source, space)
-    return space
-
-
-def test_the_readers_own_folder_is_found(tmp_path, monkeypatch):
-    for name in ("HOME", "USERPROFILE"):
-        monkeypatch.setenv(name, str(tmp_path))
-    Path(tmp_path, "bookdata").mkdir()
-    Path(tmp_path, "bookdata", DATA.name).write_bytes(DATA.read_bytes())
-    assert len(read_data("~/bookdata")["sentences"]) == 10_041
-
-
-def test_a_file_that_was_cut_off_is_named(tmp_path):
-    whole = DATA.read_bytes()
-    Path(tmp_path, DATA.name).write_bytes(whole[: int(0.7 * len(whole))])
-    with pytest.raises(RuntimeError, match=f"{DATA.name} is cut off: delete it"):
-        read_data(tmp_path)
-
-
-def test_what_looks_like_a_special_token_is_a_word():
-    space = {"Counter": Counter, "tokens": [["film"] * 20]}
-    space |= {"PAD": 0, "UNKNOWN": 1, "BLANK": 2}
-    (cell,) = [c.source for c in code_cells(PATH) if "number_of = " in c.source]
-    exec(cell, space)
-    assert space["number_of"] == {"____": 2, "film": 3}
-
-
 # The exercises
+
+
+def test_the_other_layout_is_the_first_with_features_reordered():
+    x, places = random(3, 9, 8), torch.arange(9).double()
+    order = torch.arange(8).view(4, 2).T.flatten()  # 0 2 4 6 1 3 5 7
+    turned = define("rotary")(x, places)[..., order]
+    torch.testing.assert_close(define("rotary_halves")(x[..., order], places), turned)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 6])
@@ -430,13 +431,6 @@ def test_window_mask_by_its_definition(width):
     assert mask.tolist() == wanted
 
 
-def test_linear_attention_two_ways():
-    q, k, v = [random(9, 4, seed=i) for i in range(3)]
-    square = define("linear_square")(q, k, v)
-    torch.testing.assert_close(square, define("linear_recurrent")(q, k, v))
-    torch.testing.assert_close(square[0], v[0])
-
-
 @pytest.mark.parametrize("num_heads", [1, 4])
 def test_steps_with_a_cache_are_the_causal_layer(num_heads):
     torch.manual_seed(num_heads)
@@ -446,6 +440,6 @@ def test_steps_with_a_cache_are_the_causal_layer(num_heads):
         [],
     )
     steps = [define("step")(layer, x[:, t : t + 1], cache) for t in range(6)]
-    whole, _ = layer(x, torch.ones(6, 6).tril().bool())
+    whole = layer(x, torch.ones(6, 6).tril().bool())
     torch.testing.assert_close(torch.cat(steps, dim=1), whole)
     assert len(cache) == 1 and cache[0][0].shape == (2, num_heads, 6, 8 // num_heads)

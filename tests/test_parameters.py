@@ -16,17 +16,24 @@ from notebooks import NOTEBOOKS
 # What replaces the values of a chapter's first cell
 SMALLER = {
     "01_hello_pytorch": "STEPS = 20; N_MADE = 12",
-    "02_autograd": "ENGINE_STEPS = 3; STARTS = 3",
-    "03_data_and_dataloader": "N_TRAIN = 400; N_TEST = 100; BATCH_SIZE = 7",
+    "02_autograd": "ENGINE_STEPS = 3",
+    "02b_autograd_in_depth": "STEPS = 3",
+    "03_data_and_dataloader": "N_TRAIN = 400; BATCH_SIZE = 7",
+    "03b_data_at_scale": "N_STEPS = 8; N_SHOWN = 100",
     "04_training_and_evaluation": "N_TRAIN = 400; N_TEST = 100; EPOCHS = 1",
-    "05_module_tools": "STEPS = 15; DEPTH = 3; NUM_MODELS = 2",
-    "06_sequence_labelling": "STEPS = 30; FEW_STEPS = 9; HIDDEN = 7; N_HELD = 100",
+    "04b_training_in_depth": "N_TRAIN = 400; N_TEST = 100; EPOCHS = 1",
+    "05_module_tools": "EPOCHS = 1; DEPTH = 2; NETWORKS = 1",
+    "05b_functions_and_graphs": "EPOCHS = 1; NUM_MODELS = 2",
+    "06_sequence_labelling": "N_TRAIN = 300; N_HELD = 100; HIDDEN = 7",
+    "06b_crf_and_names": "N_TRAIN = 300; N_NAMES = 200; EPOCHS = 1; N_HELD = 100",
     "07_resnet_from_scratch": "N_TRAIN = 300; N_TEST = 50; STEPS = 4; RIVAL_STEPS = 5",
     "08_finetune_resnet": (
         "N_TRAIN = 500; N_TEST = 500; PRETRAIN_EPOCHS = 1; STEPS = 3; DRAWS = 1"
     ),
-    "09_text_to_tensors": "SPLITS = 1; EPOCHS = 1; BATCH = 77; DIM = 7",
-    "10_attention": "STEPS = 20; FEW_STEPS = 21; MAX_LENGTH = 200",
+    "09_text_to_tensors": "SPLITS = 2; EPOCHS = 1; BATCH = 77; DIM = 7",
+    "09b_text_in_depth": "SYMBOLS = 320; SPLITS = 2; EPOCHS = 1; BATCH = 77; DIM = 7",
+    "10_attention": "STEPS = 20",
+    "10b_flash_attention": "MAX_LENGTH = 200",
     "11_transformer_classifier": (
         "LINE_EPOCHS = 1; EPOCHS = 1; N_SPLITS = 2; TEXT = '<pad>'"
     ),
