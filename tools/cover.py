@@ -5,7 +5,6 @@ matplotlib write the same bytes. All are transparent and suit light and dark pag
 """
 
 import re
-from collections import Counter
 from io import BytesIO
 from pathlib import Path
 
@@ -403,44 +402,28 @@ def batches_of_sentences() -> plt.Axes:
 
 
 def attention_between_words() -> plt.Axes:
-    """Chapter 10: attention weights between the words of a sentence.
-
-    Vectors of the words are the singular vectors of how often words meet in a sentence
-    of the film reviews; the weights are the softmax of their scaled dot products.
-    """
-    sentences = review_sentences(10_605)
-    counts = Counter(word for words in sentences for word in words)
-    index = {word: i for i, (word, _) in enumerate(counts.most_common(2000))}
-    meet = torch.zeros(len(index), len(index))
-    for words in sentences:
-        known = torch.tensor(sorted({index[w] for w in words if w in index}), dtype=int)
-        meet[known.unsqueeze(1), known] += 1
-    total = meet.sum()
-    ratio = meet * total / (meet.sum(0) * meet.sum(1, keepdim=True))
-    u, s, _ = torch.linalg.svd(ratio.clamp(min=1).log())
-    vectors = F.normalize(u[:, :50] * s[:50].sqrt(), dim=1)
-    words = "a romantic comedy with great actors".split()
-    picked = vectors[torch.tensor([index[word] for word in words])]
-    scores = 2.5 * picked @ picked.T
-    weights = scores.fill_diagonal_(-torch.inf).softmax(dim=1)
+    """Chapter 10: who looks at whom in its four words, with its three matrices."""
+    words = "The quick brown fox".split()
+    features = torch.tensor([[0.2, 0.1], [1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+    queries = features @ torch.tensor([[0.0, 3.0], [3.0, 0.0]])
+    keys = features @ torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    weights = (queries @ keys.T / 2**0.5).softmax(dim=1)
     ax = card()
-    for i, row in enumerate(weights):
-        for j, weight in enumerate(row.tolist()):
-            if weight > 0:
-                colour = ORANGE if weight == max(row.tolist()) else BLUE
-                alpha = min(1.0, 0.12 + 1.6 * weight)
-                ax.plot(
-                    [i, j],
-                    [1, 0],
-                    color=colour,
-                    lw=16 * weight,
-                    alpha=alpha,
-                    solid_capstyle="round",
-                )
+    for i, row in enumerate(weights.tolist()):
+        for j, weight in enumerate(row):
+            colour = ORANGE if weight > 0.4 else BLUE
+            ax.plot(
+                [i, j],
+                [1, 0],
+                color=colour,
+                lw=16 * weight,
+                alpha=min(1.0, 0.12 + 1.6 * weight),
+                solid_capstyle="round",
+            )
     for x, word in enumerate(words):
         for y in (1.08, -0.08):
             va = "bottom" if y > 0 else "top"
-            ax.text(x, y, word, ha="center", va=va, fontsize=8.5, color=PURPLE)
+            ax.text(x, y, word, ha="center", va=va, fontsize=9, color=PURPLE)
     ax.set(xlim=(-0.5, len(words) - 0.5), ylim=(-0.3, 1.3))
     return ax
 
