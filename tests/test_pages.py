@@ -228,7 +228,7 @@ def test_the_concordance_plans_nothing_that_is_there():
 # The glossary, and all pages
 
 
-def test_the_glossary_is_in_order_and_names_each_term_in_chinese():
+def test_the_glossary_is_in_order_with_chinese_names_and_links():
     body = PAGES["glossary.md"].split("```{glossary}\n")[1].removesuffix("```\n")
     entries = [entry.strip().split("\n") for entry in body.split("\n\n")]
     assert all(len(entry) == 2 for entry in entries)
@@ -238,6 +238,13 @@ def test_the_glossary_is_in_order_and_names_each_term_in_chinese():
     assert names == {
         *("Adam", "BERT", "BLEU", "FlashAttention", "GELU", "GPT", "ImageNet"),
         *("ROUGE", "softmax", "TensorBoard", "Transformer", "WordPiece"),
+    }
+    general = {t.split(" (")[0] for t, text in entries if "](" not in text}
+    assert general == {
+        *("data parallelism", "dead ReLU", "deep learning", "distillation"),
+        *("generalisation", "hyperparameter", "inference", "local minimum"),
+        *("mixed precision", "model parallelism", "neural network", "pruning"),
+        "quantisation",
     }
 
 
