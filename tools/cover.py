@@ -318,7 +318,7 @@ def letters_of_a_line() -> plt.Axes:
 
 
 def gradients_by_depth() -> plt.Axes:
-    """Chapter 7: gradient norms by layer at the start, plain and with residuals."""
+    """Chapter 7: gradients by layer at the start, plain and residual, normalised."""
     images = datasets.FashionMNIST(DATA, train=True).data[:64, None, ::2, ::2] / 255.0
     ax = card()
     for residual, colour in ((False, ORANGE), (True, BLUE)):
@@ -329,7 +329,8 @@ def gradients_by_depth() -> plt.Axes:
             layers = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(40)]
             x = F.relu(stem(images))
             for layer in layers:
-                x = x + F.relu(layer(x)) if residual else F.relu(layer(x))
+                out = F.relu(F.batch_norm(layer(x), None, None, training=True))
+                x = x + out if residual else out
             x.mean().backward()
             norms.append([layer.weight.grad.norm().item() for layer in layers])
         norms = np.array(norms)
