@@ -20,27 +20,26 @@ CHAPTER = load_definitions(
     *RESNET,
     "BatchNorm",
     "Bottleneck",
-    "DeepBlock",
+    "NoProjection",
+    "PlainBlock",
     "PreActivation",
-    "RunningStatistics",
-    "StochasticBlock",
+    "Scale",
+    "SharedNorm",
+    "at_end",
     "conv2d_loops",
-    "conv2d_matrix",
-    "decay_groups",
+    "disagreement",
     "gradient_by_layer",
-    "group_norm",
-    "make_cnn",
+    "make_bare",
     "make_deep",
     "map_sizes",
-    "on_photos",
     "output_size",
-    "photos",
-    "random_patches",
     "receptive_field",
-    "renew_statistics",
+    "remember",
+    "replace_norms",
     "seen_pixels",
-    "swap_norms",
+    "signal_by_block",
     "train",
+    "train_new",
     "warmup_cosine",
 )
 CHAPTER["device"] = torch.device("cpu")
@@ -65,7 +64,7 @@ def randn(*shape, seed=0) -> torch.Tensor:
 
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 5), (7, 7)])
 @pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 1), (3, 2), (1, 3)])
-def test_both_convolutions_agree_with_pytorch(kernel, stride, padding):
+def test_the_convolution_agrees_with_pytorch(kernel, stride, padding):
     x, weight = randn(2, 3, 8, 11), randn(4, 3, *kernel, seed=1)
     expected = F.conv2d(x, weight, stride=stride, padding=padding)
     rows = define("output_size")(8, kernel[0], stride, padding)
@@ -73,8 +72,6 @@ def test_both_convolutions_agree_with_pytorch(kernel, stride, padding):
     assert expected.shape == (2, 4, rows, columns)
     looped = [define("conv2d_loops")(image, weight, stride, padding) for image in x]
     torch.testing.assert_close(torch.stack(looped), expected, atol=1e-4, rtol=1e-4)
-    product = define("conv2d_matrix")(x, weight, stride, padding)
-    torch.testing.assert_close(product, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_filter_as_large_as_the_image_gives_one_number():
@@ -82,6 +79,13 @@ def test_a_filter_as_large_as_the_image_gives_one_number():
     out = define("conv2d_loops")(x, x[None])
     assert out.shape == (1, 1, 1)
     torch.testing.assert_close(out.sum(), x.pow(2).sum())
+
+
+def test_the_map_moves_with_the_image():
+    x, weight = randn(2, 12, 12), randn(3, 2, 3, 3, seed=1)
+    before = define("conv2d_loops")(x, weight)
+    after = define("conv2d_loops")(x.roll((2, 3), dims=(1, 2)), weight)
+    torch.testing.assert_close(after[:, 2:, 3:], before[:, :-2, :-3])
 
 
 def test_channels_that_do_not_match_are_refused():
@@ -98,18 +102,6 @@ def test_the_loops_keep_the_kind_of_number():
     x, weight = randn(2, 6, 6).double(), randn(3, 2, 3, 3, seed=1).double()
     out = define("conv2d_loops")(x, weight)
     torch.testing.assert_close(out, F.conv2d(x, weight))
-
-
-def test_the_matrix_convolution_has_the_same_gradient():
-    x, weight = randn(1, 2, 6, 6), randn(3, 2, 3, 3, seed=1).requires_grad_()
-    ours = define("conv2d_matrix")(x, weight, 2, 1).pow(2).sum()
-    theirs = F.conv2d(x, weight, stride=2, padding=1).pow(2).sum()
-    for first, second in zip(
-        torch.autograd.grad(ours, weight),
-        torch.autograd.grad(theirs, weight),
-        strict=True,
-    ):
-        torch.testing.assert_close(first, second, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -157,32 +149,6 @@ def test_batch_norm_refuses_a_single_value_in_training_mode_only():
     assert norm.num_batches_tracked == 0, "the buffers are untouched"
     x = randn(1, 3, 1, 1)
     torch.testing.assert_close(norm.eval()(x), x, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("groups", [1, 2, 6])
-def test_group_norm_agrees_with_pytorch(groups):
-    norm, x = nn.GroupNorm(groups, 6), randn(3, 6, 4, 5)
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
-    ours = define("group_norm")(x, groups, norm.weight, norm.bias)
-    torch.testing.assert_close(ours, norm(x), atol=1e-5, rtol=1e-5)
-
-
-def test_swapped_norms_leave_no_batch_norm():
-    model = define("swap_norms")(define("make_resnet")(width=8))
-    kinds = [type(module) for module in model.modules()]
-    assert nn.BatchNorm2d not in kinds and kinds.count(nn.GroupNorm) == 20
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_renewed_statistics_are_the_mean_over_batches(training):
-    norm, x = nn.BatchNorm2d(4), 3 + randn(30, 4, 5, 5)
-    model = nn.Sequential(norm).train(training)
-    define("renew_statistics")(model, x, batch_size=10)
-    expected = torch.stack([b.var(dim=(0, 2, 3)) for b in x.split(10)]).mean(dim=0)
-    torch.testing.assert_close(norm.running_mean, x.mean(dim=(0, 2, 3)))
-    torch.testing.assert_close(norm.running_var, expected)
-    assert norm.momentum == 0.1 and model.training == training
 
 
 # ResNets
@@ -253,87 +219,99 @@ def test_fewer_stages_and_grey_images_work():
     assert model(randn(2, 1, 28, 28)).shape == (2, 7)
 
 
-@pytest.mark.parametrize("norm", [True, False])
-def test_a_scale_of_zero_makes_the_block_the_identity(norm):
-    x = randn(2, 4, 5, 5)
-    block = define("DeepBlock")(4, skip=True, norm=norm, scale=0.0)
-    assert block(x).equal(x.relu())
-    plain = define("DeepBlock")(4, skip=False, norm=norm, scale=0.0)
-    assert plain(x).count_nonzero() == 0
-
-
-def test_pre_activation_leaves_the_skip_untouched():
-    block, x = define("PreActivation")(4, skip=True, norm=True), randn(2, 4, 5, 5)
-    kept = x.clone()
-    out = block(x)
-    assert x.equal(kept)
-    inner = block.conv1(F.relu(block.norm1(x)))
-    expected = x + block.conv2(F.relu(block.norm2(inner)))
-    torch.testing.assert_close(out, expected)
-
-
-def test_stochastic_depth_is_off_in_evaluation_and_right_in_the_mean():
-    torch.manual_seed(0)
-    block = define("StochasticBlock")(2, skip=True, norm=False)
-    x = randn(1, 2, 3, 3).relu()
-    with torch.no_grad():
-        expected = F.relu(x + block.branch(x))
-        assert block.eval()(x).equal(expected)
-        out = block.train()(x.expand(4000, -1, -1, -1))
-    alive = F.relu(x + block.branch(x) / (1 - block.p))
-    share = (out - x).flatten(1).abs().sum(dim=1).gt(0).double().mean()
-    assert abs(share - (1 - block.p)) < 0.04
-    assert all(
-        torch.allclose(image, x[0]) or torch.allclose(image, alive[0], atol=1e-5)
-        for image in out[:50]
-    )
-
-
-def test_no_decay_for_biases_and_normalisation():
-    model = define("make_resnet")(width=4)
-    decayed, free = define("decay_groups")(model, 0.1)
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert len(decayed["params"]) + len(free["params"]) == len(names)
-    for p in free["params"]:
-        name = names[id(p)]
-        assert "bn" in name or "downsample.1" in name or name.endswith("bias")
-
-
 @pytest.mark.parametrize("depth", [2, 9])
 def test_a_depth_that_cannot_be_built_is_refused(depth):
     with pytest.raises(ValueError, match=f"{depth} layers: take an even number"):
-        define("make_deep")(depth, skip=True, norm=True)
+        define("make_deep")(define("BasicBlock"), depth)
 
 
-@pytest.mark.parametrize("size", [28, 30, 32, 33])
-def test_the_cnn_takes_images_of_any_size(size):
-    model = define("make_cnn")(channels=1, size=size, width=2, hidden=4)
-    assert model(randn(2, 1, size, size)).shape == (2, 10)
+def test_a_plain_block_is_a_residual_block_without_its_skip():
+    torch.manual_seed(0)
+    plain, residual = define("PlainBlock")(4, 4).eval(), define("BasicBlock")(4, 4)
+    residual.load_state_dict(plain.state_dict())
+    x = randn(2, 4, 5, 5)
+    branch = plain.bn2(plain.conv2(F.relu(plain.bn1(plain.conv1(x)))))
+    torch.testing.assert_close(plain(x), branch.relu())
+    torch.testing.assert_close(residual.eval()(x), (branch + x).relu())
 
 
-# Training and pictures
+@pytest.mark.parametrize("block", ["PlainBlock", "BasicBlock"])
+@pytest.mark.parametrize("depth", [4, 10, 40])
+def test_depth_counts_convolutions_and_the_linear_layer(block, depth):
+    model = define("make_deep")(define(block), depth)
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(layers) == depth
+    assert model(randn(3, 1, 14, 14)).shape == (3, 10)
 
 
-def test_the_schedule_stays_at_its_end():
-    parameter = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    schedule, rates = define("warmup_cosine")(optimizer, 10), []
-    for _ in range(30):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert max(rates) == 1 and rates[5] > rates[9] > 0
-    assert max(rates[10:]) < 1e-9
+def test_bare_networks_have_no_normalisation_and_scaled_branches():
+    bare = define("make_bare")(define("BasicBlock"), 0.0)
+    assert not [m for m in bare.modules() if isinstance(m, nn.BatchNorm2d)]
+    x = randn(2, 1, 14, 14)
+    stem = bare[:4](x)
+    torch.testing.assert_close(bare.layer1(stem), stem)  # all branches times 0
+
+
+def test_replaced_norms_get_their_name():
+    names = []
+
+    def make(name, norm):
+        names.append((name, norm.num_features))
+        return nn.GroupNorm(2, norm.num_features)
+
+    model = define("replace_norms")(define("make_resnet")(width=4), make)
+    kinds = [type(module) for module in model.modules()]
+    assert nn.BatchNorm2d not in kinds and kinds.count(nn.GroupNorm) == len(names) == 20
+    assert names[0] == ("bn1", 4) and ("bn2", 32) in names and ("1", 8) in names
+
+
+def test_pre_activation_leaves_the_skip_untouched():
+    block, x = define("PreActivation")(4, 4), randn(2, 4, 5, 5)
+    kept = x.clone()
+    out = block(x)
+    assert x.equal(kept)
+    inner = block.conv1(F.relu(block.bn1(x)))
+    torch.testing.assert_close(out, x + block.conv2(F.relu(block.bn2(inner))))
+
+
+def test_modes_agree_unless_a_normalisation_is_shared():
+    torch.manual_seed(0)
+    apart = {
+        n: define("disagreement")(define(n)(8, 8)) for n in ("BasicBlock", "SharedNorm")
+    }
+    assert apart["BasicBlock"] < 0.05 < 0.1 < apart["SharedNorm"]
+
+
+# Training
 
 
 def test_gradients_are_the_same_when_measured_again(monkeypatch):
     monkeypatch.setitem(CHAPTER, "small_images", randn(8, 1, 14, 14))
     monkeypatch.setitem(CHAPTER, "fit_labels", torch.arange(8))
     torch.manual_seed(0)
-    model = define("make_deep")(4, skip=True, norm=True)
+    model = define("make_deep")(define("BasicBlock"), 4)
     first, second = [define("gradient_by_layer")(model) for _ in range(2)]
     assert first == pytest.approx(second) and len(first) == 3 and min(first) > 0
+
+
+def test_equal_images_have_a_cosine_of_one(monkeypatch):
+    same = randn(1, 1, 14, 14).expand(8, -1, -1, -1)
+    monkeypatch.setitem(CHAPTER, "small_images", same)
+    model = define("make_deep")(define("BasicBlock"), 10).eval()
+    found = define("signal_by_block")(model)
+    assert len(found) == 4
+    for size, cosine in found:
+        assert size > 0 and cosine == pytest.approx(1, abs=1e-4)
+
+
+def test_training_repeats_and_passes_over_all_images():
+    images, labels = randn(10, 3), torch.arange(10) % 2
+    runs = [
+        define("train_new")(lambda: nn.Linear(3, 2), images, labels, 0.01, 3)
+        for _ in range(2)
+    ]
+    assert runs[0][1] == runs[1][1] and len(runs[0][1]) == 3
+    assert define("at_end")([9.0] * 5 + [1.0] * 20) == 1
 
 
 def test_garments_that_were_cut_off_are_named_with_the_remedy(tmp_path):
@@ -349,42 +327,3 @@ def test_garments_that_were_cut_off_are_named_with_the_remedy(tmp_path):
     ) as error:
         exec(cell, space)
     assert f"{tmp_path}/FashionMNIST" in str(error.value)
-
-
-def test_training_sees_every_image_once_per_pass_and_repeats():
-    class Recorder(nn.Linear):
-        seen = []
-
-        def forward(self, x):
-            self.seen += x[:, 0].int().tolist()
-            return super().forward(x)
-
-    images, labels = torch.arange(10.0)[:, None], torch.arange(10) % 2
-    runs = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        model = Recorder(1, 2)
-        model.seen = []
-        losses = define("train")(model, images, labels, 5, 0.01, batch_size=4)
-        runs.append((losses, model.seen))
-    assert runs[0] == runs[1] and len(runs[0][0]) == 5
-    assert sorted(runs[0][1][:10]) == sorted(runs[0][1][10:]) == list(range(10))
-
-
-def test_pictures_follow_the_generator_and_stay_in_range():
-    garments = torch.rand(6, 1, 28, 28, generator=generator(0))
-    make = define("on_photos")
-    first, second = [make(garments, generator(3)) for _ in range(2)]
-    assert first.shape == (6, 3, 32, 32) and first.equal(second)
-    assert first.min() >= 0 and first.max() <= 1
-    assert not first.equal(make(garments, generator(4)))
-
-
-def test_an_empty_garment_leaves_the_photograph():
-    empty = torch.zeros(4, 1, 28, 28)
-    pictures = define("on_photos")(empty, generator(0), size=24)
-    assert pictures.shape == (4, 3, 24, 24)
-    assert all(picture.std() > 0 for picture in pictures)
-    patches = define("random_patches")(5, 24, generator(0))
-    assert patches.shape == (5, 3, 24, 24)
-    assert patches.min() >= 0 and patches.max() <= 1

@@ -26,7 +26,8 @@ SMALLER = {
     "05b_functions_and_graphs": "EPOCHS = 1; NUM_MODELS = 2",
     "06_sequence_labelling": "N_TRAIN = 300; N_HELD = 100; HIDDEN = 7",
     "06b_crf_and_names": "N_TRAIN = 300; N_NAMES = 200; EPOCHS = 1; N_HELD = 100",
-    "07_resnet_from_scratch": "N_TRAIN = 300; N_TEST = 50; STEPS = 4; RIVAL_STEPS = 5",
+    "07_resnet_from_scratch": "N_TRAIN = 300; N_TEST = 50; EPOCHS = 1",
+    "07b_resnet_in_depth": "N_TRAIN = 300; SIZES = (20, 32, 33)",
     "08_finetune_resnet": (
         "N_TRAIN = 500; N_TEST = 500; PRETRAIN_EPOCHS = 1; STEPS = 3; DRAWS = 1"
     ),

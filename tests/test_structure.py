@@ -23,13 +23,11 @@ CELLS = 70  # code cells of a chapter, at most
 
 # What is still to be mended. Chapters that take longer to read: minutes and code cells
 TOO_LONG = {
-    "07_resnet_from_scratch": (91, 112),
     "08_finetune_resnet": (99, 108),
     "11_transformer_classifier": (114, 121),
 }
 # Cells whose tolerance is wider than half of the spread of what they print
 LITTLE = {
-    "07_resnet_from_scratch": "c4edf806 c7538c6a f0887778 3df8a254 5be8183e",
     "08_finetune_resnet": """c095 c103 c105 c123 c125 c178 c195 c199 c203 c205 c207 c209
         c213""",
     "11_transformer_classifier": """c11-071 c11-091 c11-093 c11-103 c11-109 c11-113
@@ -38,13 +36,11 @@ LITTLE = {
 }
 # How many cells print nothing but True, False or a fixed sentence, over 3 in 100
 FIXED = {
-    "07_resnet_from_scratch": 5,
     "08_finetune_resnet": 3,
     "11_transformer_classifier": 3,
 }
 # How many comments "five seeds" are no range, or a range without the stored value
 COMMENTS = {
-    "07_resnet_from_scratch": 15,
     "11_transformer_classifier": 13,
 }
 NUMBER = r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?!\w)"
