@@ -4,7 +4,6 @@ import html
 import json
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,8 +26,10 @@ CHAPTER = load_definitions(
     "UNK",
     "Vocab",
     "bucket_batches",
+    "check_data",
     "count_words",
     "encode_piece",
+    "fetch",
     "library_bpe",
     "masked_mean",
     "merge_pair",
@@ -44,6 +45,7 @@ CHAPTER = load_definitions(
     "words_and_pairs",
 )
 FILE = NOTEBOOKS / "data" / "movieReviewSnippets_GroundTruth.txt"
+MERGES = NOTEBOOKS / "data" / "vocab.bpe"
 RAW = FILE.read_text(encoding="utf-8")
 SENTENCES = [html.unescape(line.split("\t")[2]) for line in RAW.splitlines()]
 
@@ -72,7 +74,7 @@ def test_the_split_is_the_same_on_every_version_of_pytorch():
 
 def read_data(folder) -> dict:
     """Run the cell that reads the data, from a folder of the reader's own."""
-    space = load_definitions(PATH, "check_data", "fetch", "read_reviews")
+    space = load_definitions(PATH, "BYTE_ORDER", "check_data", "fetch", "read_reviews")
     space["DATA_DIR"] = str(folder)
     for cell in code_cells(PATH):
         if "data" in cell.tags:
@@ -84,16 +86,19 @@ def test_the_readers_own_folder_is_found(tmp_path, monkeypatch):
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))
     Path(tmp_path, "bookdata").mkdir()
-    Path(tmp_path, "bookdata", FILE.name).write_bytes(FILE.read_bytes())
+    for file in (FILE, MERGES):
+        Path(tmp_path, "bookdata", file.name).write_bytes(file.read_bytes())
     assert len(read_data("~/bookdata")["sentences"]) == 10_041
 
 
 @pytest.mark.parametrize("share", [0.7, 0.9999])
 def test_a_file_that_was_cut_off_is_named(tmp_path, share):
-    whole = FILE.read_bytes()
-    Path(tmp_path, FILE.name).write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(RuntimeError, match=f"{FILE.name} is cut off: delete it"):
-        read_data(tmp_path)
+    for file in (MERGES, FILE):
+        whole = file.read_bytes()
+        Path(tmp_path, FILE.name).write_bytes(FILE.read_bytes())
+        Path(tmp_path, file.name).write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(RuntimeError, match=f"{file.name} is cut off: delete it"):
+            read_data(tmp_path)
 
 
 # Tokeniser and vocabulary
@@ -222,15 +227,29 @@ def test_the_tokeniser_of_another_model_is_a_setting_away(tmp_path, monkeypatch)
         asked.append(name)
         return Tokenizer.from_str(small.to_str())
 
-    hub = SimpleNamespace(from_pretrained=from_pretrained, from_str=Tokenizer.from_str)
+    def hub(model):
+        return Tokenizer(model)
+
+    hub.from_pretrained = from_pretrained
     space = CHAPTER | {
         "TOKENIZER": "openai-community/gpt2",
         "Tokenizer": hub,
         "sentences": SENTENCES[:50],
+        "DATA_DIR": str(NOTEBOOKS / "data"),
     }
     printed = run_twice(section(PATH, "9.4", "9.5"), space)
     assert asked == ["openai-community/gpt2"] * 2
-    assert "601 entries, the end of a text is number 600" in printed[0]
+    assert "601 entries, the end of a text is number 600" in printed[2]
+
+
+def test_the_switch_for_special_tokens_is_not_saved(tmp_path):
+    tokeniser = define("library_bpe")(SENTENCES[:50], 300)
+    tokeniser.add_special_tokens(["<|endoftext|>"])
+    tokeniser.encode_special_tokens = True
+    tokeniser.save(str(tmp_path / "tokeniser.json"))
+    again = Tokenizer.from_file(str(tmp_path / "tokeniser.json"))
+    assert not again.encode_special_tokens
+    assert again.get_vocab() == tokeniser.get_vocab()
 
 
 # Batches

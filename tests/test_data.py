@@ -104,6 +104,12 @@ def test_movies_are_whole():
     assert all(sentence.strip() for _, _, sentence in rows)
 
 
+def test_the_merges_are_those_of_gpt2():
+    lines = (DATA / "vocab.bpe").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 50_001 and all(len(line.split()) == 2 for line in lines[1:])
+    assert len({"".join(line.split()) for line in lines[1:]}) == 50_000
+
+
 def test_ames_is_whole():
     with open(DATA / "AmesHousing.txt", encoding="ascii", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
@@ -349,6 +355,7 @@ def originals(tmp_path_factory):
     table += [f"{i}\t052{i:07}\t\tNA\t{row}\tNormal" for i, row in enumerate(rows, 1)]
     (folder / "AmesHousing.txt").write_text("\n".join(table) + "\n")
     shutil.copy(DATA / "movieReviewSnippets_GroundTruth.txt", folder)
+    shutil.copy(DATA / "vocab.bpe", folder)
     text = (DATA / "shakespeare.txt").read_text().replace("'", "\u2019")
     title = "THE PROJECT GUTENBERG EBOOK THE COMPLETE WORKS OF WILLIAM SHAKESPEARE ***"
     text = f"\ufeffAbout\n*** START OF {title}\n{text}\n*** END OF {title}\nTerms"

