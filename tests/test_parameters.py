@@ -29,14 +29,20 @@ SMALLER = {
     "07_resnet_from_scratch": "N_TRAIN = 300; N_TEST = 50; EPOCHS = 1",
     "07b_resnet_in_depth": "N_TRAIN = 300; SIZES = (20, 32, 33)",
     "08_finetune_resnet": (
-        "N_TRAIN = 500; N_TEST = 500; PRETRAIN_EPOCHS = 1; STEPS = 3; DRAWS = 1"
+        "N_TRAIN = 500; N_TEST = 500; PRETRAIN_EPOCHS = 1; STEPS = 3"
+    ),
+    "08b_what_fine_tuning_changes": (
+        "N_TRAIN = 500; N_TEST = 500; PRETRAIN_EPOCHS = 1; STEPS = 3"
     ),
     "09_text_to_tensors": "SPLITS = 2; EPOCHS = 1; BATCH = 77; DIM = 7",
     "09b_text_in_depth": "SYMBOLS = 320; SPLITS = 2; EPOCHS = 1; BATCH = 77; DIM = 7",
     "10_attention": "STEPS = 20",
     "10b_flash_attention": "MAX_LENGTH = 200",
     "11_transformer_classifier": (
-        "LINE_EPOCHS = 1; EPOCHS = 1; N_SPLITS = 2; TEXT = '<pad>'"
+        "STEPS = 20; N_LINES = 500; SPLITS = 2; EPOCHS = 1; DIM = 8"
+    ),
+    "11b_pretraining_and_calibration": (
+        "PRETRAIN_EPOCHS = 1; LABELS = {50: 1, 90: 2}; DRAWS = 1; EPOCHS = 1"
     ),
 }
 

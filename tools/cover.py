@@ -429,17 +429,18 @@ def attention_between_words() -> plt.Axes:
     return ax
 
 
-def line_and_shuffled() -> plt.Axes:
-    """Chapter 11: a line of Shakespeare, and the same words shuffled."""
-    words = "Shall I compare thee to a summer's day".split()
-    order = np.random.RandomState(4).permutation(len(words)).tolist()
+def text_and_twin() -> plt.Axes:
+    """Chapter 11: two people, their answers exchanged, and the question."""
+    words = "anna says yes ben says no so anna ?".split()
+    order = [0, 1, 5, 3, 4, 2, 6, 7, 8]
     widths = np.array([len(word) + 1.6 for word in words])
     ax = card()
 
-    def row(picked: list[int], y: float, colour: str) -> dict[int, float]:
+    def row(picked: list[int], y: float, verdict: str) -> dict[int, float]:
         places, x = {}, 0.0
         for i in picked:
             places[i] = x + widths[i] / 2
+            colour = {"yes": BLUE, "no": ORANGE}.get(words[i], GREY)
             box = FancyBboxPatch(
                 (x + 0.25, y - 0.11), widths[i] - 0.5, 0.22, lw=1.6, ec=colour,
                 boxstyle="round,pad=0,rounding_size=0.06", fc=(*to_rgb(colour), 0.15),
@@ -449,14 +450,19 @@ def line_and_shuffled() -> plt.Axes:
             style = {"ha": "center", "va": "center", "family": "monospace"}
             ax.text(places[i], y, words[i], color=colour, fontsize=7.2, **style)
             x += widths[i]
+        colour = BLUE if verdict == "yes" else ORANGE
+        style = {"ha": "center", "va": "center", "weight": "bold", "fontsize": 9}
+        ax.text(x + 2.2, y, verdict, color=colour, **style)
         return places
 
-    above, below = row(list(range(len(words))), 1.0, BLUE), row(order, 0.0, ORANGE)
+    above, below = row(list(range(len(words))), 1.0, "yes"), row(order, 0.0, "no")
     t = np.linspace(0, 1, 40)
     for i in order:
         x = above[i] + (below[i] - above[i]) * (3 * t**2 - 2 * t**3)
-        ax.plot(x, 0.87 - 0.74 * t, color=GREY, lw=2, alpha=0.7)
-    ax.set(xlim=(-0.3, widths.sum() + 0.3), ylim=(-0.35, 1.35))
+        colour = {"yes": BLUE, "no": ORANGE}.get(words[i], GREY)
+        wide = 2.6 if colour != GREY else 1.0
+        ax.plot(x, 0.87 - 0.74 * t, color=colour, lw=wide, alpha=0.8)
+    ax.set(xlim=(-0.3, widths.sum() + 4.2), ylim=(-0.35, 1.35))
     return ax
 
 
@@ -475,4 +481,4 @@ if __name__ == "__main__":
     save(garments_on_photographs(), "08")
     save(batches_of_sentences(), "09")
     save(attention_between_words(), "10")
-    save(line_and_shuffled(), "11")
+    save(text_and_twin(), "11")
