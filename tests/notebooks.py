@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
 
@@ -138,3 +140,13 @@ def run_twice(sources: list[str], namespace: dict) -> list[str]:
         assert texts[0] == texts[1], source
         printed.append(texts[0])
     return printed
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    """A generator of random numbers that starts from the seed."""
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Normal random numbers of a shape, the same for the same seed."""
+    return torch.randn(*shape, generator=generator(seed))

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 
-from notebooks import NOTEBOOKS, code_cells, load_definitions, statements
+from notebooks import (
+    NOTEBOOKS,
+    code_cells,
+    load_definitions,
+    randn,
+    statements,
+)
 
 PATH = NOTEBOOKS / "07_resnet_from_scratch.ipynb"
 RESNET = ["STEMS", "make_shortcut", "BasicBlock", "make_stage", "make_stem"]
@@ -49,14 +55,6 @@ CHAPTER["SEED"] = 0
 def define(name):
     """A definition of the chapter."""
     return CHAPTER[name]
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0) -> torch.Tensor:
-    return torch.randn(*shape, generator=generator(seed))
 
 
 # Convolution

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from notebooks import NOTEBOOKS, code_cells, load_definitions
+from notebooks import NOTEBOOKS, code_cells, load_definitions, randn
 
 PATH = NOTEBOOKS / "07b_resnet_in_depth.ipynb"
 NOTEBOOK = load_definitions(
@@ -40,10 +40,6 @@ NOTEBOOK["SEED"] = 0
 def define(name):
     """A definition of the notebook."""
     return NOTEBOOK[name]
-
-
-def randn(*shape, seed=0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("block", ["PlainBlock", "BasicBlock"])
