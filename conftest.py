@@ -178,12 +178,15 @@ def pytest_addoption(parser):
     )
 
 
-def too_new(path: Path) -> str:
-    """The PyTorch that a notebook's metadata ask for, if the installed one is older."""
+def lacking(path: Path) -> str:
+    """What a notebook's metadata ask for (`torch`, `package`) and is not installed."""
     if path.suffix != ".ipynb":
         return ""
-    needed = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("torch", "0")
-    return needed if Version(metadata.version("torch")) < Version(needed) else ""
+    asked = json.loads(path.read_text(encoding="utf-8"))["metadata"]
+    torch, package = asked.get("torch", "0"), asked.get("package", "")
+    if Version(metadata.version("torch")) < Version(torch):
+        return f"torch {torch}"
+    return package if package and not find_spec(package) else ""
 
 
 def pytest_report_header():
@@ -191,13 +194,13 @@ def pytest_report_header():
     if not TORCHTEXT:
         yield "left out: comparisons with torchtext (make torchtext runs them)"
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        if needed := too_new(path):
+        if needed := lacking(path):
             yield f"left out: {path.stem} needs torch {needed}"
 
 
 def pytest_ignore_collect(collection_path):
-    """Pass over notebooks that need a newer PyTorch."""
-    return True if too_new(collection_path) else None
+    """Pass over notebooks that need what is not installed."""
+    return True if lacking(collection_path) else None
 
 
 def pytest_itemcollected(item):

