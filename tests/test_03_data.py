@@ -19,7 +19,14 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from notebooks import NOTEBOOKS, code_cells, load_definitions, run_twice, section
+from notebooks import (
+    NOTEBOOKS,
+    code_cells,
+    generator,
+    load_definitions,
+    run_twice,
+    section,
+)
 
 PATH = NOTEBOOKS / "03_data_and_dataloader.ipynb"
 
@@ -38,10 +45,6 @@ def chapter() -> dict:
         "pad_collate",
         "batch_report",
     )
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def test_a_data_set_ends_a_for_loop(chapter):

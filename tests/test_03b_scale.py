@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from notebooks import NOTEBOOKS, load_definitions
+from notebooks import NOTEBOOKS, generator, load_definitions
 from test_03_data import needed
 
 PATH = NOTEBOOKS / "03b_data_at_scale.ipynb"
@@ -43,10 +43,6 @@ def chapter() -> dict:
         "pca",
         "same_label_nearby",
     )
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3, 4])

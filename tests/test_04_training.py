@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from sklearn import metrics
 from torch import nn
 
-from notebooks import NOTEBOOKS, code_cells, load_definitions, run_twice, section
+from notebooks import (
+    NOTEBOOKS,
+    code_cells,
+    generator,
+    load_definitions,
+    run_twice,
+    section,
+)
 
 PATH = NOTEBOOKS / "04_training_and_evaluation.ipynb"
 CHAPTER = load_definitions(
@@ -43,10 +50,6 @@ CHAPTER = load_definitions(
 def define(name):
     """A definition of the chapter."""
     return CHAPTER[name]
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 # Metrics

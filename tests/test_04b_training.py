@@ -8,7 +8,7 @@ import torch
 from sklearn import metrics
 from torch import nn
 
-from notebooks import NOTEBOOKS, load_definitions
+from notebooks import NOTEBOOKS, generator, load_definitions
 
 PATH = NOTEBOOKS / "04b_training_in_depth.ipynb"
 CHAPTER = load_definitions(
@@ -24,10 +24,6 @@ CHAPTER = load_definitions(
 def define(name):
     """A definition of the notebook."""
     return CHAPTER[name]
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -11,7 +11,7 @@ import torchcrf
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from notebooks import NOTEBOOKS, code_cells, load_definitions
+from notebooks import NOTEBOOKS, code_cells, generator, load_definitions
 
 PATH = NOTEBOOKS / "06_sequence_labelling.ipynb"
 CHAPTER = load_definitions(
@@ -72,10 +72,6 @@ WORDS = [
 def define(name):
     """A definition of the chapter."""
     return CHAPTER[name]
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def a_case(seed: int, lengths: list[int], num_tags: int = 4, dtype=torch.float64):

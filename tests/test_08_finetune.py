@@ -16,7 +16,7 @@ from torch import nn
 from torchvision import models
 from torchvision.transforms import v2
 
-from notebooks import NOTEBOOKS, code_cells, load_definitions
+from notebooks import NOTEBOOKS, code_cells, generator, load_definitions
 
 PATH = NOTEBOOKS / "08_finetune_resnet.ipynb"
 COPIES = "train predict accuracy warmup_cosine STEMS make_shortcut BasicBlock"
@@ -34,10 +34,6 @@ CHAPTER["SEED"] = 0
 def define(name):
     """A definition of the chapter."""
     return CHAPTER[name]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def network(classes: int = 4, seed: int = 0):

@@ -15,7 +15,7 @@ from torch import nn
 from torchvision import datasets
 from torchvision.models import resnet18
 
-from notebooks import NOTEBOOKS, load_definitions, section
+from notebooks import NOTEBOOKS, load_definitions, randn, section
 
 PATH = NOTEBOOKS / "08b_what_fine_tuning_changes.ipynb"
 NETWORK = ["BasicBlock", "STEMS", "make_resnet", "make_shortcut", "make_small"]
@@ -45,10 +45,6 @@ NOTEBOOK |= {"device": torch.device("cpu"), "SEED": 0}
 def define(name):
     """A definition of the notebook."""
     return NOTEBOOK[name]
-
-
-def randn(*shape, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def network(classes: int = 4, seed: int = 0) -> nn.Sequential:

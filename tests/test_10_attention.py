@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from notebooks import NOTEBOOKS, load_definitions
+from notebooks import NOTEBOOKS, generator, load_definitions
 
 PATH = NOTEBOOKS / "10_attention.ipynb"
 CHAPTER = load_definitions(
@@ -44,10 +44,6 @@ VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 def define(name):
     """A definition of the chapter."""
     return CHAPTER[name]
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def random(*shape, seed=0):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from notebooks import NOTEBOOKS, load_definitions
+from notebooks import NOTEBOOKS, generator, load_definitions
 
 CHAPTER = load_definitions(
     NOTEBOOKS / "10b_flash_attention.ipynb",
@@ -28,10 +28,6 @@ CHAPTER = load_definitions(
 def define(name):
     """A definition of the notebook."""
     return CHAPTER[name]
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def random(*shape, seed=0):

@@ -7,7 +7,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from notebooks import NOTEBOOKS, code_cells, load_definitions
+from notebooks import NOTEBOOKS, code_cells, generator, load_definitions
 
 PATH = NOTEBOOKS / "11_transformer_classifier.ipynb"
 CHAPTER = load_definitions(
@@ -24,10 +24,6 @@ CHAPTER = load_definitions(
 def define(name):
     """A definition of the chapter."""
     return CHAPTER[name]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def some_ids(n: int = 30, longest: int = 9, words: int = 20) -> torch.Tensor:

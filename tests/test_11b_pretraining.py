@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from notebooks import NOTEBOOKS, load_definitions, section
+from notebooks import NOTEBOOKS, generator, load_definitions, section
 
 PATH = NOTEBOOKS / "11b_pretraining_and_calibration.ipynb"
 NAMES = """
@@ -37,10 +37,6 @@ CHAPTER = fresh()
 def define(name):
     """A definition of the notebook."""
     return CHAPTER[name]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def some_ids(n: int = 30, longest: int = 9, words: int = 20, seed: int = 0):
