@@ -1,15 +1,20 @@
 """The repository's own machinery: tools, pins, style, workflows, README."""
 
+import base64
 import re
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
 
 import chapters
 import claims
@@ -194,6 +199,32 @@ def test_a_copy_of_what_is_not_there_is_an_error(notebook):
     cell = new_code_cell("y = 1", metadata={"copy-of": "01_one"})
     with pytest.raises(LookupError, match="01_one does not define y"):
         copies.as_in_source(cell, source)
+
+
+# Figures
+
+
+def in_base64(save) -> str:
+    """The PNG file that a function writes, as notebooks store it."""
+    file = BytesIO()
+    save(file, format="png")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def test_a_figure_is_stored_with_fewer_colours():
+    figure = Figure(facecolor="none")
+    figure.subplots().plot(np.sin(np.arange(100.0)))
+    stored = in_base64(figure.savefig)
+    new = chapters.smaller(stored)
+    assert len(new) < len(stored) / 2 and chapters.smaller(new) == new
+    sizes = {Image.open(BytesIO(base64.b64decode(png))).size for png in (stored, new)}
+    assert len(sizes) == 1
+
+
+def test_a_photograph_keeps_its_colours():
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 50, 3), np.uint8)
+    stored = in_base64(Image.fromarray(pixels).save)
+    assert chapters.smaller(stored) == stored
 
 
 # Larger runs

@@ -36,7 +36,6 @@ BROWSER = next(
 FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
     --disable-background-networking --disable-component-update""".split()
 SCREENS = {"desktop": (1280, 900), "phone": (390, 844)}
-MEGABYTE = 1_000_000
 # Axe takes long to compute what is behind an element. The contrast is the same wherever
 # colour, ground and size are, so its rules on colour see one element of each such look,
 # and everything else is removed before. All other rules see the whole page, in light
@@ -463,7 +462,7 @@ def test_weight(browser, server, pages):
         print(f"{page}: {weights[page]:,} bytes ({parts})")
         rest = weights[page] - kinds["document"] - kinds.get("image", 0)
         assert rest <= 400_000, f"style, scripts and fonts of {page}: {rest:,} bytes"
-    assert statistics.median(weights.values()) <= MEGABYTE
+    assert statistics.median(weights.values()) <= 500_000
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
