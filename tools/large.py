@@ -58,9 +58,10 @@ def printed(notebook: NotebookNode, values: str, last: int) -> NotebookNode:
 def write(path: Path) -> int:
     """Fill the cells of a notebook that show a larger run; how many there are.
 
-    The file is replaced after the last run; if a cell fails, it stays as it was.
+    The file is replaced after the last run; if a cell fails, it stays as it was. What
+    was changed in it during the run is kept.
     """
-    notebook = nbformat.read(path, as_version=4)
+    notebook, texts = nbformat.read(path, as_version=4), {}
     shown = shown_cells(notebook)
     for values in dict.fromkeys(values for _, values in shown.values()):
         places = {i: code for i, (code, own) in shown.items() if own == values}
@@ -68,14 +69,17 @@ def write(path: Path) -> int:
         run = printed(notebook, values, max(places.values()))
         minutes = (time.perf_counter() - started) / 60
         for i, code in places.items():
-            texts = [output.get("text", "") for output in run.cells[code].outputs]
-            notebook.cells[i].source = TEXT.format(
+            parts = [output.get("text", "") for output in run.cells[code].outputs]
+            texts[notebook.cells[i].id] = TEXT.format(
                 values=values,
                 minutes=minutes,
                 torch=version("torch"),
                 date=date.today(),
-                printed="".join(texts).strip(),
+                printed="".join(parts).strip(),
             )
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        cell.source = texts.get(cell.id, cell.source)
     new = path.with_suffix(".new")
     nbformat.write(notebook, new)
     os.replace(new, path)
