@@ -248,7 +248,7 @@ def test_it_stands_alone(chapter):
         "kernelspec",
         "language_info",
     }
-    asked = re.findall(r'find_spec\(\\"(\w+)', text)  # conftest.py leaves it out without
+    asked = re.findall(r'find_spec\(\\"(\w+)', text)  # without it, conftest.py passes
     assert asked in ([], [chapter.metadata.get("package")])
 
 
