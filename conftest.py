@@ -19,6 +19,7 @@ going red.
 import json
 import os
 import re
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -178,6 +179,7 @@ def pytest_addoption(parser):
     )
 
 
+@cache
 def lacking(path: Path) -> str:
     """What a notebook's metadata ask for (`torch`, `package`) and is not installed."""
     if path.suffix != ".ipynb":
@@ -211,7 +213,7 @@ def pytest_itemcollected(item):
 
 def pytest_collection_modifyitems(config, items):
     """Keep what can run and was asked for; put the longest notebooks first."""
-    kept = list(items)
+    kept = [i for i in items if not lacking(i.path)]  # named on the command line, too
     if not TORCHTEXT:
         kept = [i for i in kept if "torchtext" not in getattr(i, "fixturenames", ())]
     if chapter := config.option.chapter:
