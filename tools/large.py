@@ -6,7 +6,7 @@ A Markdown cell behind a code cell, with metadata such as
 `"large-run": "SEEDS = 5; N_TEST = 500"`, holds what that code cell printed in a run of
 the whole notebook with these values instead of those of its first cell. Such a run
 takes longer than the tests have time for, so nothing compares it: run it anew when the
-code that it shows has changed. The claims of the notebook must hold in it too.
+code that it shows has changed. The claims up to that cell must hold in it too.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def write(path: Path) -> int:
                 minutes=minutes,
                 torch=version("torch"),
                 date=date.today(),
-                printed="".join(parts).strip(),
+                printed="".join(parts).strip("\n"),
             )
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
