@@ -52,6 +52,7 @@ SMALLER = {
     "13_modern_llm": "STEPS = 5; SEEDS = 2",
     "13b_experts_and_other_llamas": "STEPS = 5",
     "14_finetune_llm": "N_TEST = 16; LABELS = (8,); TAUGHT = 2; TUNED = 5",
+    "14b_what_adapters_change": "N_TEST = 16; N_LABELS = 8; TUNED = 2",
 }
 
 
