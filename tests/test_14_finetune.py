@@ -17,7 +17,7 @@ NAMES = """
     BLOCKS Cache CausalAttention Config DECODE Decoder
     DecoderLayer FeedForward GGUF Header KINDS LoRA NAMES RMSNorm Reader SMOLLM2_SHA256
     adapted answers_of base_mark branch config_of empty_decoder equal_lengths exact
-    exact_shown find_smollm2 from_q4_1 read_on
+    exact_shown find_smollm2 from_q4_1 matches read_on
     from_q8_0 generate join_heads learning load_adapter load_gguf make_norm our_name
     pair_speeds predict read_bytes read_value rotary run_layers save_adapter split_heads
     with_lora TARGETS TUNED writer
