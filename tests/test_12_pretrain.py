@@ -29,6 +29,7 @@ def chapter() -> dict:
     names = [*MODEL, *COUNTS, "read_plays", "HELD_OUT", "split_plays", "windows"]
     names += ["next_token_loss", "token_bits", "bits_per_byte", "top_k", "top_p"]
     names += ["sample", "to_array", "gpt_size", "llama_size", "llama_parts"]
+    names += ["count_last"]
     return load_definitions(PATH, *names)
 
 
@@ -178,6 +179,17 @@ def test_runs_of_nine_bytes_have_numbers_of_their_own(chapter):
     text = np.array([[130] * 9, [130] * 8 + [129], [0] * 9], dtype=np.uint64)
     found = chapter["codes"](text, 9)[:, 0].tolist()
     assert found == [131**9 - 1, 131**9 - 2, 0]
+
+
+def test_the_last_symbols_are_counted(chapter):
+    data = np.random.default_rng(0).integers(6, size=40)
+    found = chapter["count_last"](data, 8, 6)
+    assert len(found) == 39
+    for i in range(1, 40):
+        past = data[max(0, i - 8) : i].tolist()
+        shares = [(past.count(s) + 5 / 6) / (len(past) + 5) for s in range(6)]
+        assert sum(shares) == pytest.approx(1)
+        assert found[i - 1] == pytest.approx(shares[data[i]])
 
 
 def test_windows_are_one_token_apart(chapter):

